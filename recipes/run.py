@@ -1,0 +1,89 @@
+"""Make the rows of a table, one a recipe, in the order in which they need one another.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/run.py recipes/digits/*.yaml
+"""
+
+import argparse
+import copy
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP threads that wait soon sleep: a busy machine stays usable
+
+from accelerate.utils import set_seed  # noqa: E402
+
+from vitopt import data, energy, metrics, pruning, report, runs, training  # noqa: E402
+from vitopt import model as models  # noqa: E402
+from vitopt.recipe import Augment, errors_as_lines  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | section.key=value | output=DIR")
+    parser.add_argument("--dry-run", action="store_true", help="show what the rows would be; no data, no training")
+    parser.add_argument("--force", action="store_true", help="make finished rows again")
+    args = parser.parse_args()
+    rows = runs.plan(args.words)
+    if args.dry_run:
+        return dry_run(rows)
+    if not args.force:
+        runs.refuse_changed(rows)
+    for row in rows:
+        make(row, args.force)
+    if training.make_accelerator().is_main_process:
+        for folder in dict.fromkeys(row.folder.parent for row in rows):
+            print(report.write(folder))
+
+
+def make(row, force):
+    """One row: a model, pruned, trained, measured, saved. What its recipe does not name does not happen."""
+    recipe, unfinished = row.recipe, runs.unfinished(row.folder)
+    accelerator = training.make_accelerator(recipe.train and recipe.train.tracker, unfinished)
+    if runs.is_finished(row.folder) and not force:
+        accelerator.print(f"{row.name}: finished, kept in {row.folder}")
+        return
+    accelerator.print(f"{row.name}: {accelerator.num_processes} x {accelerator.device.type}")
+    set_seed(recipe.seed)
+    model = models.load(row.start) if row.start else models.build(recipe.model, data.num_classes(recipe.data))
+    with accelerator.local_main_process_first():  # one process a machine downloads
+        augment = recipe.train.augment if recipe.train else Augment()
+        splits = data.load(recipe.data, model.architecture["input"], augment)
+    model.architecture["classes"] = splits.classes
+    tracker = energy.open_tracker(training.local_gpus(accelerator)) if accelerator.is_local_main_process else None
+
+    with runs.writing(row.folder, accelerator.is_main_process):
+        numbers, history, used = {}, [], energy.NOTHING
+        if recipe.prune:
+            if recipe.prune.importance == "taylor":
+                training.accumulate_gradients(model, splits, accelerator)
+            numbers["pruned"] = pruning.prune(model, recipe.prune)
+        if recipe.train:
+            teacher = models.load(row.teacher) if row.teacher else None
+            with energy.window(tracker, row.name) as used:
+                model, history = training.train(model, recipe, splits, accelerator, teacher)
+            numbers |= training.chosen_epoch(history)
+        numbers["accuracy"], numbers["test_images"] = training.evaluate(model, splits.test, splits, accelerator)
+        if accelerator.is_main_process:
+            print(f"  test accuracy {numbers['accuracy']:.2f} %, measuring")
+            models.save(model, unfinished)
+            numbers |= metrics.measure_apart(unfinished, accelerator.device)
+            runs.write(unfinished, row, numbers, history, used, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+
+
+def dry_run(rows):
+    """Show the rows without data or training; a row that begins with one not made yet is cut from random weights."""
+    dry = {}
+    for row in rows:
+        if row.start:
+            model = copy.deepcopy(dry[row.start]) if row.start in dry else models.load(row.start)
+        else:
+            model = models.build(row.recipe.model, data.num_classes(row.recipe.data))
+        if row.recipe.prune:  # Taylor scores need data: here magnitudes stand in for them
+            pruning.prune(model, row.recipe.prune.model_copy(update={"importance": "l2"}))
+        dry[row.folder] = model
+        print(metrics.describe(row.name, model))
+
+
+if __name__ == "__main__":
+    with errors_as_lines():
+        main()

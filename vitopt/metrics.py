@@ -1,0 +1,236 @@
+"""What a row is worth: accuracy, counts, and speed, memory and energy in a process of their own.
+
+`python -m vitopt.metrics FOLDER --device DEVICE` measures a saved model and prints one line of JSON.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from vitopt import energy
+from vitopt import model as models
+from vitopt.recipe import InputError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a loss that is not used here
+    from fvcore.nn import FlopCountAnalysis
+
+BATCH_SIZE = {"cpu": 64, "cuda": 256}  # of throughput, memory and energy: equal for all rows of a table
+WARMUP_SECONDS = 1.0
+LATENCY_CALLS = 300
+THROUGHPUT_WINDOWS, THROUGHPUT_SECONDS = 5, 0.5
+ENERGY_SECONDS = 5.0
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, loader, accelerator) -> tuple[float, int]:
+    """Share of images whose largest logit is their class, over all processes, each image counted once.
+
+    Args:
+        model: takes (batch, channels, height, width), gives (batch, classes).
+        loader: prepared by the accelerator, so that gathering drops the images that fill up the last batch.
+
+    Returns:
+        Percent, and the number of images.
+    """
+    model.eval()
+    hits = []
+    for images, targets in loader:
+        hits.append(accelerator.gather_for_metrics(model(images).argmax(dim=-1) == targets))
+    hits = torch.cat(hits)
+    return 100 * hits.float().mean().item(), len(hits)
+
+
+def count_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module) -> int:
+    """Multiply-accumulates of one image in linear layers, convolutions and matrix products, by fvcore.
+
+    The two products of attention are counted, fused or not. Norms, biases and softmax are not.
+    """
+    analysis = FlopCountAnalysis(model.eval(), models.example_input(model))
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+    for operator in ("layer_norm", "group_norm", "batch_norm", "adaptive_avg_pool2d", "upsample_bilinear2d"):
+        analysis.set_op_handle(f"aten::{operator}", lambda inputs, outputs: 0)  # None would keep fvcore's own count
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    with torch.no_grad():
+        return int(analysis.total())
+
+
+def _attention_macs(inputs, outputs) -> int:
+    """q kᵀ and the product with v, from (…, tokens, head_dim) shapes; fvcore skips the fused operator."""
+    query, key, value = (tensor.type().sizes() for tensor in inputs[:3])
+    *batch, tokens, head_dim = query
+    count = tokens * key[-2] * (head_dim + value[-1])
+    for size in batch:
+        count *= size
+    return count
+
+
+def describe(name: str, model: nn.Module) -> str:
+    """A model's counts and inner widths, as text."""
+    lines = [f"{name}: {model.architecture['name']}, {count_params(model):,} parameters, {count_macs(model):,} MACs"]
+    for module, width in model.architecture["widths"].items():
+        if "head_dim" in width:
+            heads, head_dim = width["num_heads"], width["head_dim"]
+            inner = f"{heads} heads x {head_dim} = {heads * head_dim} channels"
+        else:
+            inner = f"{width['hidden_features']} hidden features"
+        lines.append(f"  {module}: {inner}")
+    return "\n".join(lines)
+
+
+def measure_apart(folder: Path, device: torch.device) -> dict:
+    """`measure` in a fresh process, so that nothing that ran before is in its memory or its way.
+
+    Raises:
+        InputError: that process failed; its last line says why.
+    """
+    alone = {key: value for key, value in os.environ.items()
+             if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    process = subprocess.run([sys.executable, "-m", "vitopt.metrics", str(folder), "--device", str(device)],
+                             env=alone, capture_output=True, text=True)
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise InputError(f"{folder}: measuring on {device} failed: {last}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def measure(folder: Path, device: torch.device) -> dict:
+    """Measure a saved model's size, speed, memory and energy in float32, eager. Call it in a fresh process.
+
+    Returns:
+        `params`, `macs` (of one image), `model_size_mb`: MB (10^6 bytes) of model.safetensors.
+        `latency_ms` and `latency_p95_ms`: median and 95th percentile over single-image calls.
+        `images_per_second`: the best of several windows at `batch_size`.
+        `peak_memory_mb`: MB for weights and inference at `batch_size`: on a GPU the most that torch's
+        allocator held, on a CPU how much the process grew from before the model was loaded.
+        `power_w` and `energy_j_per_1k_images`: the machine's, idle draw included, during inference at `batch_size`.
+        How each was measured: `device`, `device_name`, `threads`, `precision`, `batch_size`, `power_source`, ….
+    """
+    on_gpu = device.type == "cuda"
+    threads = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
+    torch.set_num_threads(threads)
+    batch_size = BATCH_SIZE.get(device.type, BATCH_SIZE["cuda"])
+    before = psutil.Process().memory_info().rss
+    model = models.load(folder).to(device)
+    single, batch = models.example_input(model), models.example_input(model, batch_size)
+    gc.collect()
+    peak_bytes = _peak_memory(model, batch, before)
+    latencies = _latencies(model, single)
+    speed = _throughput(model, batch)
+    tracker = energy.open_tracker([device.index or 0] if on_gpu else [])
+    with energy.window(tracker, "inference") as reading:
+        images, seconds = _run_for(ENERGY_SECONDS, model, batch)
+    return {
+        "params": count_params(model),
+        "macs": count_macs(model),
+        "model_size_mb": (folder / "model.safetensors").stat().st_size / 1e6,
+        "latency_ms": 1e3 * statistics.median(latencies),
+        "latency_p95_ms": 1e3 * statistics.quantiles(latencies, n=20)[-1],
+        "images_per_second": speed,
+        "peak_memory_mb": peak_bytes / 1e6,
+        "power_w": reading["power_w"],
+        "energy_j_per_1k_images":
+            None if reading["power_w"] is None else reading["power_w"] * seconds / images * 1000,
+        "power_source": reading["power_source"],
+        "memory_source": "torch's CUDA allocator" if on_gpu else "growth of the process",
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "threads": threads, "precision": "float32", "batch_size": batch_size,
+        "latency_calls": len(latencies), "inference": reading,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name, and how many of its cores this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _synchronize(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+@torch.inference_mode()
+def _run_for(seconds: float, model: nn.Module, batch: torch.Tensor) -> tuple[int, float]:
+    """Run whole batches for at least so long; images and seconds."""
+    calls = 0
+    _synchronize(batch)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        model(batch)
+        _synchronize(batch)
+        calls += 1
+    return calls * len(batch), time.perf_counter() - start
+
+
+@torch.inference_mode()
+def _latencies(model: nn.Module, single: torch.Tensor) -> list[float]:
+    """Seconds of each of many single-image calls."""
+    _run_for(WARMUP_SECONDS, model, single)
+    latencies = []
+    for _ in range(LATENCY_CALLS):
+        start = time.perf_counter()
+        model(single)
+        _synchronize(single)
+        latencies.append(time.perf_counter() - start)
+    return latencies
+
+
+def _throughput(model: nn.Module, batch: torch.Tensor) -> float:
+    """Images per second in the best of several windows: what disturbs a machine only ever makes it slower."""
+    _run_for(WARMUP_SECONDS, model, batch)
+    windows = [_run_for(THROUGHPUT_SECONDS, model, batch) for _ in range(THROUGHPUT_WINDOWS)]
+    return max(images / seconds for images, seconds in windows)
+
+
+@torch.inference_mode()
+def _peak_memory(model: nn.Module, batch: torch.Tensor, before: int) -> int:
+    """Bytes, for weights and inference, see `measure`."""
+    if batch.is_cuda:
+        torch.cuda.reset_peak_memory_stats(batch.device)
+        _run_for(0.1, model, batch)
+        return torch.cuda.max_memory_allocated(batch.device)
+    try:
+        # Linux: the high-water mark begins again, without what loading the file took for a moment
+        Path("/proc/self/clear_refs").write_text("5")
+        _run_for(0.1, model, batch)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0]) * 1024
+    except OSError:
+        _run_for(0.1, model, batch)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vitopt.metrics")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    args = parser.parse_args()
+    print(json.dumps(measure(args.folder, args.device)))
+
+
+if __name__ == "__main__":
+    main()

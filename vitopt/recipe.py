@@ -1,0 +1,263 @@
+"""What a recipe may say, and reading it strictly.
+
+A recipe is a YAML file; its stem names a row of the table. A section that is present happens. Whatever is wrong
+in any of the files given is said at once, each mistake with its file, key, value and cure.
+"""
+
+import difflib
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class InputError(ValueError):
+    """What the user gave cannot work. Each of `problems` is one line naming the place, the value and the cure."""
+
+    def __init__(self, *problems: str):
+        self.problems = list(problems)
+        super().__init__("\n".join(problems))
+
+
+@contextmanager
+def errors_as_lines():
+    """For commands: end with one line a problem and exit code 2 where the input is at fault, 1 where the machine is."""
+    try:
+        yield
+    except InputError as error:
+        for problem in error.problems:
+            # from a process that decodes images the message arrives with that process's traceback before it
+            print(f"error: {problem.splitlines()[-1].removeprefix('vitopt.recipe.InputError: ')}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}: finished rows are kept; mend this and start again",
+              file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped: finished rows are kept", file=sys.stderr)
+        sys.exit(130)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """A timm model. Every other key of this section is a keyword argument of timm's model (img_size, depth, …)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(description="a model name of timm, such as vit_small_patch16_224")
+    pretrained: bool = Field(False, description="true to begin with timm's weights from the Hugging Face Hub")
+    checkpoint: str | None = Field(None, description="a local .safetensors or .pth file of weights for this model")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if self.pretrained and self.checkpoint:
+            raise ValueError("pretrained and checkpoint both name the first weights: keep one")
+        return self
+
+
+class Data(Section):
+    name: Literal["digits", "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "folder"] = Field(
+        description="digits (comes with scikit-learn), a data set of torchvision, or folder")
+    root: str | None = Field(
+        None, description="an image folder with train/<class>/*.jpg and test/<class>/*.jpg; "
+                          "without these, where torchvision keeps its downloads")
+    validation: float = Field(
+        0.1, gt=0, le=0.5, description="share of the training images held out to choose the best epoch, such as 0.1")
+    limit: int | None = Field(
+        None, ge=2, description="at most so many training images, and as many test images, for a quick try")
+    workers: int | None = Field(
+        None, ge=0, description="processes that decode images beside each training process, such as 4")
+
+
+class Prune(Section):
+    ratio: float = Field(
+        gt=0, lt=1, description="share of the prunable channels removed, between 0 and 1, such as 0.4")
+    importance: Literal["l1", "l2", "taylor"] = Field("l2", description="how channels are ranked: l1, l2 or taylor")
+
+
+class Distill(Section):
+    teacher: str = Field(description="the row beside this one, or the path of the run folder, that teaches")
+    temperature: float = Field(4.0, gt=0, description="softens both outputs, above 0, such as 4.0")
+    weight: float = Field(
+        0.7, gt=0, le=1, description="the teacher's share of the loss, above 0 and at most 1, such as 0.7")
+
+
+class Augment(Section):
+    crop: Literal["pad", "resized"] | None = Field(
+        None, description="pad: shift by up to `padding` pixels; resized: timm's random resized crop")
+    padding: int = Field(4, ge=1, description="pixels, for crop: pad")
+    scale: float = Field(0.08, gt=0, lt=1, description="least share of the area kept, for crop: resized")
+    hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip, such as 0.5")
+    auto_augment: str | None = Field(None, description="a policy of timm, such as rand-m9-mstd0.5-inc1")
+    random_erasing: float = Field(0.0, ge=0, le=1, description="probability, such as 0.25")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup, 0 for none, such as 0.8")
+    cutmix: float = Field(0.0, ge=0, description="alpha of CutMix, 0 for none, such as 1.0")
+
+
+class Train(Section):
+    epochs: int = Field(ge=1, description="a whole number, such as 100")
+    batch_size: int = Field(ge=1, description="images a step over all processes together, such as 128")
+    lr: float = Field(gt=0, description="the highest learning rate, such as 5.0e-4")
+    optimizer: str = Field("adamw", description="an optimizer of timm, such as adamw")
+    weight_decay: float = Field(0.05, ge=0, description="such as 0.05")
+    warmup_ratio: float = Field(
+        0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises, before its cosine")
+    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient, such as 1.0")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="such as 0.1")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keep an exponential moving average of the weights, such as 0.9998")
+    augment: Augment = Augment()
+    tracker: str | None = Field(None, description="a tracker of accelerate that is installed, such as tensorboard")
+
+
+class Recipe(Section):
+    """One row of the table."""
+
+    start: str | None = Field(
+        None, description="the row beside this one, or the path of the run folder, that this row begins with")
+    model: Model | None = Field(None, description="the timm model that this row begins with")
+    data: Data = Field(description="the images")
+    prune: Prune | None = Field(None, description="what is cut before training")
+    distill: Distill | None = Field(None, description="who teaches")
+    train: Train | None = Field(None, description="how long and how it trains")
+    seed: int = Field(0, ge=0, description="a whole number")
+    provenance: dict[str, Any] | None = Field(None, description="written by a run; not read")
+
+    @model_validator(mode="after")
+    def _sections_fit(self):
+        if (self.start is None) == (self.model is None):
+            raise ValueError("begin with exactly one of start (a former run) and model (a new one)")
+        if self.distill and not self.train:
+            raise ValueError("distill needs a train section: add one")
+        return self
+
+
+def read(paths: list[str], overrides: list[str]) -> tuple[dict[Path, Recipe], list[str]]:
+    """Read recipes strictly.
+
+    Args:
+        paths: YAML files, one a row.
+        overrides: `section.key=value` each, the value as YAML. Given to every recipe that has the section.
+
+    Returns:
+        The recipes that could be read, by file, and every problem found in the others.
+    """
+    recipes, problems, contents = {}, [], {}
+    for path in dict.fromkeys(map(Path, paths)):
+        try:
+            contents[path] = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+            if not isinstance(contents[path], dict):
+                problems.append(f"{path}: holds no recipe: write sections such as model, data and train")
+                del contents[path]
+        except FileNotFoundError:
+            problems.append(f"{path}: there is no such file: check the path")
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{path}: cannot be read ({error}): give a YAML file")
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            problems.append(f"{path}: line {mark.line + 1}: not YAML, {error.problem}: mend this line")
+        except yaml.YAMLError as error:
+            problems.append(f"{path}: not YAML ({' '.join(str(error).split())}): mend it")
+    for override in overrides:
+        problems += _override(contents, override)
+    for path, content in contents.items():
+        try:
+            recipes[path] = Recipe.model_validate(content)
+        except ValidationError as error:
+            problems += [f"{path}: {_explain(problem)}" for problem in error.errors()]
+    return recipes, problems
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; here the second is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _override(contents: dict[Path, dict], override: str) -> list[str]:
+    """Set one `section.key=value` in every content that has the section; the problems, if any."""
+    key, _, text = override.partition("=")
+    *sections, last = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return [f"{override}: {text} is not YAML: write section.key=value, such as train.epochs=3"]
+    met = False
+    for content in contents.values():
+        place = content
+        for depth, section in enumerate(sections):
+            # a part of a section that stands in the recipe may be added (train.augment.hflip), a section may not
+            place = place.setdefault(section, {}) if depth else place.get(section)
+            if not isinstance(place, dict):
+                break
+        else:
+            place[last] = value
+            met = True
+    if contents and not met:
+        return [f"{override}: no recipe given has the section {'.'.join(sections)}: check the key"]
+    return []
+
+
+def _explain(problem: dict) -> str:
+    """One line for one of pydantic's errors: key, value, what is wrong, cure."""
+    place = problem["loc"]
+    key, value, kind = ".".join(map(str, place)), problem["input"], problem["type"]
+    if kind == "value_error":
+        return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
+    if kind == "extra_forbidden":
+        known = list(_section(place[:-1]).model_fields)
+        near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+    section = _section(place[:-1])
+    field = section.model_fields.get(place[-1]) if section and isinstance(place[-1], str) else None
+    meaning = f": {field.description}" if field else ""
+    if kind == "missing":
+        return f"{key}: is missing{meaning}"
+    if isinstance(value, str) and kind in ("float_type", "int_type") and _is_number(value):
+        return f"{key}: {value} is read as text by YAML: write {_as_yaml_number(value, kind)}"
+    said = problem["msg"].replace("Input should be", "should be")
+    return f"{key}: {value!r} {said}{meaning}" if said.startswith("should") else f"{key}: {value!r}: {said}{meaning}"
+
+
+def _section(place: tuple) -> type[BaseModel] | None:
+    """The section of a recipe at this place, such as ("train", "augment")."""
+    section = Recipe
+    for name in place:
+        field = section.model_fields.get(name) if isinstance(name, str) else None
+        if field is None:
+            return None
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is None:
+            return None
+    return section
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _as_yaml_number(text: str, kind: str) -> str:
+    """A spelling of this number that PyYAML reads as one: it wants a dot and a signed exponent."""
+    if kind == "int_type":
+        return f"{float(text):.0f}"
+    mantissa, exponent, power = text.strip().lower().partition("e")
+    mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
+    return mantissa + (f"{exponent}{int(power):+d}" if exponent else "")

@@ -1,0 +1,234 @@
+"""Run folders to two tables, plots and one page."""
+
+import base64
+import json
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import yaml
+
+from vitopt.recipe import InputError
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Column:
+    key: str  # in metrics.json
+    title: str
+    digits: int
+    scale: float = 1.0
+    from_power: bool = False  # then `power_source` says whether it was measured
+
+
+COLUMNS = [
+    Column("accuracy", "Accuracy (%)", 2),
+    Column("latency_ms", "Latency (ms)", 2),
+    Column("images_per_second", "Speed (images/s)", 0),
+    Column("model_size_mb", "Size (MB)", 2),
+    Column("peak_memory_mb", "Memory (MB)", 1),
+    Column("macs", "MACs (M)", 2, scale=1e-6),
+    Column("params", "Parameters (M)", 3, scale=1e-6),
+    Column("power_w", "Power (W)", 1, from_power=True),
+    Column("energy_j_per_1k_images", "Energy (J/1000 images)", 2, from_power=True),
+]
+
+
+def write(folder: str | Path) -> str:
+    """Write report.md, report.csv, report.html and the plots of all finished runs in a folder.
+
+    Returns:
+        The table and the names of the files, as text for a terminal.
+
+    Raises:
+        InputError: no finished run is there, or one cannot be read.
+    """
+    folder = Path(folder)
+    rows = read(folder)
+    plots = {
+        "accuracy_macs.png": ("Accuracy against MACs", _plot_tradeoff(rows, "macs", "MACs of one image (M)", 1e-6)),
+        "accuracy_latency.png": (
+            "Accuracy against latency", _plot_tradeoff(rows, "latency_ms", "Latency of one image (ms)", 1.0)),
+        "widths.png": ("Inner widths by block", _plot_widths(rows)),
+        "learning_curves.png": ("Learning curves", _plot_history(rows)),
+    }
+    for name, (_, figure) in plots.items():
+        figure.savefig(folder / name, dpi=130)
+        plt.close(figure)
+    titles = {name: title for name, (title, _) in plots.items()}
+    values, changes, notes = _values(rows), _changes(rows), _notes(rows)
+    pd.DataFrame([row["metrics"] for row in rows.values()], index=pd.Index(rows, name="row")).to_csv(
+        folder / "report.csv")
+    (folder / "report.md").write_text(_markdown(folder.name, values, changes, notes, titles), encoding="utf-8")
+    (folder / "report.html").write_text(_page(folder, values, changes, notes, titles), encoding="utf-8")
+    with pd.option_context("display.width", None, "display.max_columns", None):
+        table = values.to_string()
+    return "\n".join(["", table, *notes, "",
+                      f"page:   {folder / 'report.html'}", f"tables: {folder / 'report.md'}, {folder / 'report.csv'}",
+                      f"plots:  {', '.join(str(folder / name) for name in plots)}"])
+
+
+def read(folder: Path) -> dict[str, dict]:
+    """All finished runs in a folder by row name, each with `metrics`, `recipe`, `model` and `history`.
+
+    The row named baseline comes first, then those that begin with a model and have no teacher, then by name.
+    """
+    rows = {}
+    for metrics in sorted(folder.glob("[!.]*/metrics.json")):
+        run = metrics.parent
+        try:
+            rows[run.name] = {
+                "metrics": json.loads(metrics.read_text(encoding="utf-8")),
+                "recipe": yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")),
+                "model": json.loads((run / "model.json").read_text(encoding="utf-8")),
+                "history": pd.read_csv(run / "history.csv"),
+            }
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{run}: this run cannot be read ({error}): make it again with --force") from error
+    if not rows:
+        raise InputError(f"{folder}: holds no finished run: give the folder that holds the run folders, "
+                         "such as runs/digits")
+
+    def place(name):
+        recipe = rows[name]["recipe"]
+        return name != "baseline", "start" in recipe or "distill" in recipe, name
+    return {name: rows[name] for name in sorted(rows, key=place)}
+
+
+def _values(rows: dict[str, dict]) -> pd.DataFrame:
+    """The metrics of each row as text; what nothing on the machine measured says so in its cell."""
+    def cell(metrics, column):
+        value = metrics[column.key]
+        if value is None:
+            return "–"
+        text = f"{value * column.scale:,.{column.digits}f}"
+        return f"{text} (est.)" if column.from_power and metrics["power_source"] != "measured" else text
+    return _table(rows, cell)
+
+
+def _changes(rows: dict[str, dict]) -> pd.DataFrame:
+    """The change of each metric against the first row, in percent of the first row's."""
+    base = next(iter(rows.values()))["metrics"]
+
+    def cell(metrics, column):
+        value, reference = metrics[column.key], base[column.key]
+        if value is None or not reference:
+            return "–"
+        text = f"{100 * (value / reference - 1):+.1f} %"
+        sources = metrics["power_source"], base["power_source"]
+        return f"{text} (est.)" if column.from_power and sources != ("measured", "measured") else text
+    return _table(rows, cell)
+
+
+def _table(rows: dict[str, dict], cell) -> pd.DataFrame:
+    return pd.DataFrame({column.title: [cell(row["metrics"], column) for row in rows.values()] for column in COLUMNS},
+                        index=pd.Index(rows, name="Row"))
+
+
+def _notes(rows: dict[str, dict]) -> list[str]:
+    """How the numbers were measured, and on what."""
+    how = {}
+    for name, row in rows.items():
+        metrics = row["metrics"]
+        text = (f"{metrics['device_name']}, {metrics['threads']} threads, {metrics['precision']}, eager; latency: median "
+                f"of {metrics['latency_calls']} calls of one image; speed, memory, power and energy at batch size "
+                f"{metrics['batch_size']}; accuracy on {metrics['test_images']} test images")
+        how.setdefault(text, []).append(name)
+    notes = [f"Measured on {text}." if len(how) == 1 else f"{', '.join(names)}: measured on {text}."
+             for text, names in how.items()]
+    if any(row["metrics"]["power_source"] == "estimated" for row in rows.values()):
+        notes.append("(est.): nothing on the machine measures this power; codecarbon estimates it from the load.")
+    return notes
+
+
+def _plot_tradeoff(rows: dict[str, dict], key: str, label: str, scale: float) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, row in rows.items():
+        axes.scatter(row["metrics"][key] * scale, row["metrics"]["accuracy"], s=70, label=name)
+    axes.set(xlabel=label, ylabel="Test accuracy (%)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def _plot_widths(rows: dict[str, dict]) -> plt.Figure:
+    figure, panels = plt.subplots(2, 1, figsize=(9, 6), layout="constrained")
+    for axes, kind, title in (
+            (panels[0], "head_dim", "Attention: num_heads × head_dim"),
+            (panels[1], "hidden_features", "MLP: hidden features")):
+        for position, (name, row) in enumerate(rows.items()):
+            widths = [width.get("num_heads", 1) * width[kind] for width in row["model"]["widths"].values()
+                      if kind in width]
+            offset = (position - (len(rows) - 1) / 2) * 0.8 / len(rows)
+            axes.bar([block + offset for block in range(len(widths))], widths, 0.8 / len(rows), color=f"C{position}",
+                     label=name)
+        axes.set(title=title, xlabel="Block", ylabel="Channels")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def _plot_history(rows: dict[str, dict]) -> plt.Figure:
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, key, title in (
+            (panels[0], "validation_accuracy", "Validation accuracy (%)"), (panels[1], "loss", "Training loss")):
+        for position, (name, row) in enumerate(rows.items()):
+            history = row["history"]
+            if len(history):
+                axes.plot(history["epoch"], history[key], marker="." if len(history) < 40 else None,
+                          color=f"C{position}", label=name)
+        axes.set(xlabel="Epoch", ylabel=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper")
+    else:
+        figure.suptitle("No row here was trained")
+    return figure
+
+
+def _markdown(name: str, values: pd.DataFrame, changes: pd.DataFrame, notes: list[str], plots: dict[str, str]) -> str:
+    def table(frame):
+        lines = [["Row", *frame.columns], ["---"] + ["---:"] * len(frame.columns)]
+        lines += [[row, *cells] for row, cells in zip(frame.index, frame.values.tolist())]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    parts = [f"# {name}", table(values), *notes, f"## {_change_title(values)}", table(changes), "## Plots"]
+    parts += [f"![{title}]({file})" for file, title in plots.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _change_title(values: pd.DataFrame) -> str:
+    return f"Change against {values.index[0]}, in percent of its value"
+
+
+def _page(folder: Path, values: pd.DataFrame, changes: pd.DataFrame, notes: list[str], plots: dict[str, str]) -> str:
+    """One HTML file that needs no other."""
+    def table(frame):
+        return frame.rename_axis(None).to_html(border=0, escape=True)
+
+    def picture(file, title):
+        encoded = base64.b64encode((folder / file).read_bytes()).decode()
+        image = f'<img alt="{title}" src="data:image/png;base64,{encoded}">'
+        return f"<figure><figcaption>{title}</figcaption>{image}</figure>"
+    style = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { padding: .35em .8em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+thead th { white-space: normal; vertical-align: bottom; }
+tbody th { text-align: left; }
+figure { margin: 2em 0; } figcaption { font-weight: 600; } img { max-width: 100%; }
+"""
+    name = escape(folder.name)
+    parts = [f"<h1>{name}</h1>", f'<div class="wide">{table(values)}</div>']
+    parts += [f"<p>{escape(note)}</p>" for note in notes]
+    parts += [f"<h2>{escape(_change_title(values))}</h2>", f'<div class="wide">{table(changes)}</div>']
+    parts += [picture(file, title) for file, title in plots.items()]
+    return (f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>vitopt: {name}</title>'
+            f"<style>{style}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n")

@@ -1,0 +1,255 @@
+"""Run folders: which rows a set of recipes makes, in which order, and what is kept of each.
+
+A run folder holds model.safetensors and model.json, recipe.yaml (as resolved, with `provenance`), metrics.json,
+history.csv and energy.csv. It is written beside its place and renamed, so that a kill leaves the former state or the
+new one.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pandas as pd
+import torch
+import yaml
+from accelerate.tracking import get_available_trackers
+from timm.optim import list_optimizers
+
+from vitopt import data
+from vitopt import model as models
+from vitopt import pruning
+from vitopt.recipe import InputError, Recipe, read
+
+LIBRARIES = ("vitopt", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "codecarbon", "fvcore")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe and where its run folder is; `start` and `teacher` are the folders of the runs it needs."""
+    path: Path
+    recipe: Recipe
+    folder: Path
+    start: Path | None
+    teacher: Path | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def plan(words: list[str]) -> list[Row]:
+    """Read and check recipes in full, and put them in the order that their `start` and `teacher` need.
+
+    Args:
+        words: recipe files, `section.key=value` for all of them that have the section, and `output=DIR`, under which
+            run folders go to DIR/<folder of the recipe>/<row>; `runs` without it.
+
+    Raises:
+        InputError: with every problem of every recipe. Nothing has been written.
+    """
+    paths = [word for word in words if "=" not in word]
+    outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
+    output = Path(outputs[-1] if outputs else "runs")
+    recipes, problems = read(paths, [word for word in words if "=" in word and not word.startswith("output=")])
+    if not paths:
+        problems.append("no recipe is given: name YAML files, such as recipes/digits/*.yaml")
+    rows, unread = {}, {_folder(output, path) for path in map(Path, paths) if path not in recipes}
+    for path, recipe in recipes.items():
+        folder = _folder(output, path)
+        if folder in rows:
+            problems.append(f"{path}: {rows[folder].path} writes the same run folder {folder}: rename one of them")
+            continue
+        rows[folder] = Row(path, recipe, folder, _forerunner(folder, recipe.start),
+                           _forerunner(folder, recipe.distill and recipe.distill.teacher))
+    try:
+        needs = {row.folder: [other for other in (row.start, row.teacher) if other in rows] for row in rows.values()}
+        rows = {folder: rows[folder] for folder in TopologicalSorter(needs).static_order()}
+    except CycleError as error:
+        names = " → ".join(folder.name for folder in error.args[1])
+        problems.append(f"start and teacher go in a circle: {names}: begin one of these rows with a model")
+    else:
+        shapes = {}
+        for row in rows.values():
+            problems += [f"{row.path}: {problem}" for problem in _check(row, shapes, unread)]
+    if problems:
+        raise InputError(*problems)
+    return list(rows.values())
+
+
+def _folder(output: Path, path: Path) -> Path:
+    return output / path.resolve().parent.name / path.stem
+
+
+def _forerunner(folder: Path, name: str | None) -> Path | None:
+    """The run folder that `start` or `teacher` names: a path, or a row's name beside this one."""
+    if name is None:
+        return None
+    return Path(name) if os.sep in name else folder.parent / name
+
+
+def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Path]) -> list[str]:
+    """What is wrong with a row once the rows before it are known.
+
+    Args:
+        shapes: models without weights of the rows so far; this row's is added, None where it cannot be built.
+        unread: folders of recipes that were given and are wrong, so that nothing more can be said of them.
+    """
+    recipe, problems = row.recipe, []
+    num_classes = None
+    try:
+        num_classes = data.num_classes(recipe.data)
+    except InputError as error:
+        problems += error.problems
+    shape = None
+    if recipe.model:
+        problems += (wrong := models.check(recipe.model))
+        if not wrong:
+            shape = models.build(recipe.model, num_classes or 2, device="meta")
+    for key, folder in (("start", row.start), ("distill.teacher", row.teacher)):
+        if folder is None or folder in unread:
+            continue
+        try:
+            former = shapes[folder] if folder in shapes else _finished_model(row, key, folder)
+        except InputError as error:
+            problems += error.problems
+            continue
+        shape = former if key == "start" else shape
+        if former is not None and num_classes and models.num_classes(former) != num_classes:
+            problems.append(f"{key}: {folder} has {models.num_classes(former)} classes and data {recipe.data.name} has "
+                            f"{num_classes}: take a run on the same data")
+        if key == "distill.teacher" and former is not None and shape is not None:
+            theirs, ours = former.architecture["input"], shape.architecture["input"]
+            if differing := [name for name in ours if ours[name] != theirs[name] and name != "crop_pct"]:
+                problems.append(f"{key}: {folder} takes other images than this row ({', '.join(differing)}): "
+                                "take a teacher of the same img_size and normalisation")
+    if recipe.prune and shape is not None and not models.widths(shape):
+        problems.append(pruning.unprunable(shape))
+    if recipe.train:
+        if recipe.train.tracker and recipe.train.tracker not in map(str, get_available_trackers()):
+            problems.append(f"train.tracker: {recipe.train.tracker} is not installed or unknown to accelerate; "
+                            f"installed: {', '.join(map(str, get_available_trackers())) or 'none'}")
+        if recipe.train.optimizer not in list_optimizers():
+            problems.append(f"train.optimizer: {recipe.train.optimizer}: timm has no such optimizer: "
+                            "take one of timm.optim.list_optimizers(), such as adamw")
+        if recipe.train.augment.auto_augment:
+            problems += data.check_policy(recipe.train.augment)
+    shapes[row.folder] = shape
+    return problems
+
+
+def _finished_model(row: Row, key: str, folder: Path) -> torch.nn.Module:
+    if not is_finished(folder):
+        recipe = row.path.parent / f"{folder.name}.yaml"
+        first = f"run {recipe} first, or give it too" if recipe.exists() else "check the name"
+        raise InputError(f"{key}: {folder.name}: there is no finished run in {folder}: {first}")
+    return models.load(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a finished run, after mending a replacement that a kill cut in two."""
+    replaced = _beside(folder, "replaced")
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    return (folder / "metrics.json").is_file()
+
+
+def differences(row: Row) -> list[str]:
+    """How a finished run differs from what its recipe says now; empty where it can be kept."""
+    finished = yaml.safe_load((row.folder / "recipe.yaml").read_text(encoding="utf-8"))
+    provenance = finished.pop("provenance")
+    was, now = _flat(finished), _flat(_content(row.recipe))
+    lines = [f"{key}: {was.get(key, 'absent')} in the finished run, {now.get(key, 'absent')} in the recipe"
+             for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    for key, digest in _forerunners(row).items():
+        if provenance.get(key) != digest:
+            lines.append(f"{key.removesuffix('_sha256')}: its weights are no longer those that this run was made with")
+    return lines
+
+
+def refuse_changed(rows: list[Row]) -> None:
+    """Raise InputError where a finished run is not what its recipe says now, with every difference."""
+    problems = []
+    for row in rows:
+        if is_finished(row.folder) and (lines := differences(row)):
+            problems.append(f"{row.path}: its run in {row.folder} is finished and differs ({'; '.join(lines)}): "
+                            "give --force to make it again, or output=DIR to keep both")
+    if problems:
+        raise InputError(*problems)
+
+
+def unfinished(folder: Path) -> Path:
+    """Where a run is written until it is whole."""
+    return _beside(folder, "unfinished")
+
+
+@contextmanager
+def writing(folder: Path, is_main_process: bool):
+    """Let the block write into `unfinished(folder)`, and put that in the place of `folder` when it ends well."""
+    partial, replaced = unfinished(folder), _beside(folder, "replaced")
+    if is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    yield
+    if is_main_process:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _beside(folder: Path, state: str) -> Path:
+    return folder.parent / f".{folder.name}.{state}"
+
+
+def write(folder: Path, row: Row, numbers: dict, history: list[dict], used: dict, num_processes: int) -> None:
+    """Write everything of a run but its model, which `models.save` has written.
+
+    Args:
+        numbers: of metrics.json, with what `metrics.measure` gives.
+        history: a dictionary an epoch, see `training.train`.
+        used: by training, as `energy.window` fills it.
+    """
+    inference = numbers.pop("inference")
+    numbers |= {"train_seconds": used["seconds"], "train_energy_kwh": used["energy_kwh"],
+                "train_power_source": used["power_source"], "num_processes": num_processes}
+    provenance = {
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": numbers["device"], "device_name": numbers["device_name"], "num_processes": num_processes,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        **_forerunners(row),
+    }
+    resolved = {**_content(row.recipe), "provenance": provenance}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    columns = ["epoch", "loss", "validation_accuracy", "lr", "seconds", "images_per_second"]
+    pd.DataFrame(history, columns=columns).to_csv(folder / "history.csv", index=False)
+    pd.DataFrame([{"phase": "train", **used}, {"phase": "inference", **inference}]).to_csv(
+        folder / "energy.csv", index=False)
+    (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def _content(recipe: Recipe) -> dict:
+    """A recipe with every default written out and what is absent left out."""
+    return recipe.model_dump(mode="json", exclude={"provenance"}, exclude_none=True)
+
+
+def _forerunners(row: Row) -> dict[str, str]:
+    """Which weights a row's start and teacher have now."""
+    files = {f"{key}_sha256": folder / "model.safetensors"
+             for key, folder in (("start", row.start), ("teacher", row.teacher)) if folder is not None}
+    return {key: hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "absent"
+            for key, file in files.items()}
+
+
+def _flat(content: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
