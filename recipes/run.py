@@ -71,17 +71,18 @@ def make(row, force):
 
 
 def dry_run(rows):
-    """Show the rows without data or training; a row that begins with one not made yet is cut from random weights."""
+    """Show what the rows would be, without data or training."""
     dry = {}
     for row in rows:
         if row.start:
-            model = copy.deepcopy(dry[row.start]) if row.start in dry else models.load(row.start)
+            model = models.load(row.start) if runs.is_finished(row.start) else copy.deepcopy(dry[row.start])
         else:
             model = models.build(row.recipe.model, data.num_classes(row.recipe.data))
         if row.recipe.prune:  # Taylor scores need data: here magnitudes stand in for them
             pruning.prune(model, row.recipe.prune.model_copy(update={"importance": "l2"}))
         dry[row.folder] = model
         print(metrics.describe(row.name, model))
+    print("Where a row is pruned before the row it starts from is trained, its widths by block are a guess.")
 
 
 if __name__ == "__main__":

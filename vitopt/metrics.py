@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 
 BATCH_SIZE = {"cpu": 64, "cuda": 256}  # of throughput, memory and energy: equal for all rows of a table
 WARMUP_SECONDS = 1.0
-LATENCY_CALLS = 300
+LATENCY_CALLS, LATENCY_SECONDS = (100, 1000), 4.0  # at least, at most; and no more after so long
 THROUGHPUT_WINDOWS, THROUGHPUT_SECONDS = 5, 0.5
 ENERGY_SECONDS = 5.0
 
@@ -189,8 +189,8 @@ def _run_for(seconds: float, model: nn.Module, batch: torch.Tensor) -> tuple[int
 def _latencies(model: nn.Module, single: torch.Tensor) -> list[float]:
     """Seconds of each of many single-image calls."""
     _run_for(WARMUP_SECONDS, model, single)
-    latencies = []
-    for _ in range(LATENCY_CALLS):
+    latencies, (least, most) = [], LATENCY_CALLS
+    while len(latencies) < least or len(latencies) < most and sum(latencies) < LATENCY_SECONDS:
         start = time.perf_counter()
         model(single)
         _synchronize(single)

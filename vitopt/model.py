@@ -173,6 +173,13 @@ def attentions(model: nn.Module) -> dict[str, Attention]:
     }
 
 
+def other_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attentions that are none of `attentions`: their widths cannot change yet."""
+    known = attentions(model)
+    return {name: module for name, module in model.named_modules()
+            if "Attention" in type(module).__name__ and hasattr(module, "num_heads") and name not in known}
+
+
 def mlps(model: nn.Module) -> dict[str, Mlp]:
     """The MLPs whose hidden width can change: timm's `Mlp` of two linear layers without a norm between."""
     return {

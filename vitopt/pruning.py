@@ -49,11 +49,17 @@ def prune(model: nn.Module, section: Prune) -> dict[str, dict[str, int]]:
     attentions, mlps = models.attentions(model), models.mlps(model)
     if not attentions and not mlps:
         raise InputError(unprunable(model))
+    if left := models.other_attentions(model):
+        kinds = ", ".join(sorted({type(module).__name__ for module in left.values()}))
+        warnings.warn(f"prune: these attentions ({kinds}) cannot be pruned yet and keep their width: {', '.join(left)}",
+                      stacklevel=2)
     importance = IMPORTANCES[section.importance]()
     graph = _trace(model)
     scores = {name: _attention_scores(graph, attention, importance) for name, attention in attentions.items()}
     scores |= {name: _mlp_scores(graph, mlp, importance) for name, mlp in mlps.items()}
     removed_units = _rank(scores, section.ratio)
+    if not any(removed_units.values()):
+        raise InputError(f"prune.ratio: {section.ratio} removes less than one channel of this model: take a larger one")
     changes = {}
     for name, count in removed_units.items():
         if name in attentions:
@@ -63,14 +69,12 @@ def prune(model: nn.Module, section: Prune) -> dict[str, dict[str, int]]:
         changes[name] = {"before": before, "after": after}
     model.zero_grad(set_to_none=True)
     model.architecture["widths"] = models.widths(model)
-    if all(change["before"] == change["after"] for change in changes.values()):
-        raise InputError(f"prune.ratio: {section.ratio} removes less than one channel of this model: take a larger one")
     return changes
 
 
 def unprunable(model: nn.Module) -> str:
     """Why no channel of this model can be removed."""
-    kinds = sorted({type(module).__name__ for module in model.modules() if "Attention" in type(module).__name__})
+    kinds = sorted({type(module).__name__ for module in models.other_attentions(model).values()})
     return (f"prune: {model.architecture['name']} has no attention or MLP that can be pruned yet"
             f" (its attention: {', '.join(kinds) or 'none'}): take a model of timm's vision_transformer or deit family")
 

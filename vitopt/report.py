@@ -135,8 +135,8 @@ def _notes(rows: dict[str, dict]) -> list[str]:
     how = {}
     for name, row in rows.items():
         metrics = row["metrics"]
-        text = (f"{metrics['device_name']}, {metrics['threads']} threads, {metrics['precision']}, eager; latency: median "
-                f"of {metrics['latency_calls']} calls of one image; speed, memory, power and energy at batch size "
+        text = (f"{metrics['device_name']}, {metrics['threads']} threads, {metrics['precision']}, eager; latency: "
+                f"median over single-image calls; speed, memory, power and energy at batch size "
                 f"{metrics['batch_size']}; accuracy on {metrics['test_images']} test images")
         how.setdefault(text, []).append(name)
     notes = [f"Measured on {text}." if len(how) == 1 else f"{', '.join(names)}: measured on {text}."
