@@ -1,13 +1,14 @@
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
-
 import pytest
 import torch
 import yaml
 
-from vitopt import model as models
-from vitopt.recipe import Model
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; read when timm is imported
+torch.set_num_threads(1)  # the models are so small that a second thread would mostly wait
+
+from vitopt import model as models  # noqa: E402
+from vitopt.recipe import Model  # noqa: E402
 
 TINY = {"name": "vit_base_patch16_224", "img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2,
         "num_heads": 2, "mlp_ratio": 2.0}

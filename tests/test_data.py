@@ -131,7 +131,8 @@ def test_every_image_survives_the_strongest_policy():
 
 
 @pytest.mark.parametrize("policy, known", [
-    ("rand-m9-mstd0.5-inc1", True), ("original", True), ("augmix-m5-w4-d2", True), ("trivial", False), ("rand-q9", False),
+    ("rand-m9-mstd0.5-inc1", True), ("original", True), ("augmix-m5-w4-d2", True),
+    ("trivial", False), ("rand-q9", False),
 ])
 def test_an_unknown_policy_is_found_before_training(policy, known):
     assert bool(data.check_policy(Augment(auto_augment=policy))) is not known

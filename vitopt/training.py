@@ -33,7 +33,8 @@ def make_accelerator(tracker: str | None = None, folder: Path | None = None) -> 
     accelerator = Accelerator(
         cpu=on_cpu, log_with=tracker, project_dir=folder,
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True))
-    if on_cpu and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what accelerate sets when nobody asked
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if on_cpu and launched and os.environ.get("OMP_NUM_THREADS") == "1":  # accelerate's default: one thread a process
         torch.set_num_threads(max(1, os.cpu_count() // _local_processes()))
     return accelerator
 

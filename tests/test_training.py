@@ -1,0 +1,121 @@
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import set_seed
+
+from vitopt import data, training
+from vitopt import model as models
+from vitopt.recipe import Augment, InputError, Recipe
+
+TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002, "augment": {"crop": "pad", "padding": 1}}
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return training.make_accelerator()
+
+
+def trained(tiny, accelerator, teacher=None, seed=0, limit=200, **sections):
+    recipe = Recipe.model_validate({
+        "model": {"name": "x"}, "data": {"name": "digits", "limit": limit}, "seed": seed, "train": TRAIN} | sections)
+    set_seed(seed)
+    model = tiny()
+    splits = data.load(recipe.data, model.architecture["input"], recipe.train.augment)
+    model, history = training.train(model, recipe, splits, accelerator, teacher)
+    return model, history, splits
+
+
+def test_training_learns_and_keeps_one_line_an_epoch(tiny, accelerator):
+    model, history, splits = trained(tiny, accelerator, limit=1000, train=TRAIN | {"epochs": 8})
+    assert [row["epoch"] for row in history] == list(range(1, 9))
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    accuracy, images = training.evaluate(model, splits.validation, splits, accelerator)
+    best = training.chosen_epoch(history)
+    assert images == 100 and accuracy == pytest.approx(best["validation_accuracy"]) and accuracy > 40
+
+
+def test_the_best_epoch_by_validation_is_kept_and_of_equals_the_last():
+    history = [{"epoch": n, "validation_accuracy": a} for n, a in enumerate((10.0, 60.0, 60.0, 50.0), start=1)]
+    assert training.chosen_epoch(history) == {"best_epoch": 3, "validation_accuracy": 60.0}
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny, accelerator):
+    first, second, other = (trained(tiny, accelerator, seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero(tiny, accelerator):
+    _, history, _ = trained(tiny, accelerator, train=TRAIN | {"epochs": 4, "warmup_ratio": 0.5})
+    rates = [row["lr"] for row in history]
+    assert rates[0] < rates[1] <= 0.002 and rates[3] < rates[2] and rates[3] < 0.1 * 0.002
+
+
+def test_a_teacher_teaches_and_stays_as_it_is(tiny, accelerator):
+    teacher = tiny()
+    torch.nn.init.normal_(teacher.head.weight, std=1.0)
+    before = copy.deepcopy(teacher.state_dict())
+    section = {"distill": {"teacher": "t", "weight": 1.0, "temperature": 1.0}}
+    train = TRAIN | {"epochs": 12, "lr": 0.004}
+    model, history, splits = trained(tiny, accelerator, teacher, limit=600, train=train, **section)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    # with all weight on the teacher the student learns its opinions, not the labels
+    images = torch.stack([splits.train[index][0] for index in range(100)])
+    agreement = (model.eval()(images).argmax(-1) == teacher(images).argmax(-1)).float().mean()
+    assert agreement > 0.6
+
+
+def test_the_moving_average_is_what_is_kept(tiny, accelerator):
+    plain, _, _ = trained(tiny, accelerator)
+    averaged, _, _ = trained(tiny, accelerator, train=TRAIN | {"ema_decay": 0.9999})
+    assert any(not torch.equal(a, b) for a, b in zip(plain.state_dict().values(), averaged.state_dict().values()))
+
+
+@pytest.mark.parametrize("augment", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_mixed_images_train_too(tiny, accelerator, augment):
+    _, history, _ = trained(tiny, accelerator, train=TRAIN | {"augment": augment, "clip_grad": 1.0})
+    assert torch.tensor([row["loss"] for row in history]).isfinite().all()
+
+
+def test_a_loss_that_is_no_number_stops_with_the_cure(tiny, accelerator):
+    with pytest.raises(InputError, match="train.lr: 1e.30: the loss became nan in epoch .: take a smaller one"):
+        trained(tiny, accelerator, train=TRAIN | {"lr": 1e30, "warmup_ratio": 0.0, "optimizer": "sgd"})
+
+
+@pytest.mark.parametrize("sections, images, processes, expected", [
+    ({"batch_size": 33}, 100, 2, "33 does not divide among 2 processes: take a multiple of 2"),
+    ({"batch_size": 34, "augment": {"mixup": 1.0}}, 100, 2, "pair the 17 images of each process: take a multiple of 4"),
+    ({"batch_size": 64}, 50, 2, "64 is more than the 50 training images: take 50 or less"),
+])
+def test_batches_that_cannot_be_made_are_refused_before_the_first_step(sections, images, processes, expected):
+    recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits"}, "train": TRAIN | sections})
+    with pytest.raises(InputError, match=expected):
+        training.check(recipe, images, processes)
+
+
+def test_gradients_for_taylor_are_those_of_the_mean_loss(tiny, accelerator):
+    model = tiny()
+    splits = data.load(data.Data(name="digits", limit=100), model.architecture["input"], Augment())
+    training.accumulate_gradients(model, splits, accelerator)
+    images, targets = zip(*(splits.train[index] for index in range(len(splits.train))))
+    expected = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(model(torch.stack(images)), torch.tensor(targets)), list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_accuracy_is_the_share_of_hits_in_percent(accelerator):
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.one_hot(images.long().flatten(), 4).float()
+    dataset = [(torch.tensor([float(n % 4)]), n % 4 if n < 7 else (n + 1) % 4) for n in range(10)]
+    splits = SimpleNamespace(workers=0)
+    assert training.evaluate(Fixed(), dataset, splits, accelerator) == (pytest.approx(70.0), 10)
+
+
+def test_models_on_meta_need_no_training_to_know_their_classes():
+    model = models.build(models.Model(name="vit_tiny_patch16_224"), 7, device="meta")
+    assert models.num_classes(model) == 7
