@@ -27,6 +27,7 @@ def main():
         return dry_run(rows)
     if not args.force:
         runs.refuse_changed(rows)
+    training.say_where()
     for row in rows:
         make(row, args.force)
     if training.make_accelerator().is_main_process:
@@ -41,7 +42,7 @@ def make(row, force):
     if runs.is_finished(row.folder) and not force:
         accelerator.print(f"{row.name}: finished, kept in {row.folder}")
         return
-    accelerator.print(f"{row.name}: {accelerator.num_processes} x {accelerator.device.type}")
+    accelerator.print(f"{row.name}:")
     set_seed(recipe.seed)
     model = models.load(row.start) if row.start else models.build(recipe.model, data.num_classes(recipe.data))
     with accelerator.local_main_process_first():  # one process a machine downloads

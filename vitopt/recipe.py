@@ -5,7 +5,10 @@ in any of the files given is said at once, each mistake with its file, key, valu
 """
 
 import difflib
+import json
+import os
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -28,18 +31,23 @@ def errors_as_lines():
     try:
         yield
     except InputError as error:
-        for problem in error.problems:
-            # from a process that decodes images the message arrives with that process's traceback before it
-            print(f"error: {problem.splitlines()[-1].removeprefix('vitopt.recipe.InputError: ')}", file=sys.stderr)
-        sys.exit(2)
+        # from a process that decodes images the message arrives with that process's traceback before it
+        problems = [problem.splitlines()[-1].removeprefix("vitopt.recipe.InputError: ") for problem in error.problems]
+        _end(2, [f"error: {problem}" for problem in problems])
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}: finished rows are kept; mend this and start again",
-              file=sys.stderr)
-        sys.exit(1)
+        _end(1, [f"error: {where}{error.strerror or error}: finished rows are kept; mend this and start again"])
     except KeyboardInterrupt:
-        print("stopped: finished rows are kept", file=sys.stderr)
-        sys.exit(130)
+        _end(130, ["stopped: finished rows are kept"])
+
+
+def _end(code: int, lines: list[str]) -> None:
+    launcher_quotes = os.environ.get("TORCHELASTIC_ERROR_FILE")  # at the end of its own report
+    if launcher_quotes:
+        Path(launcher_quotes).write_text(json.dumps({"message": "\n".join(lines), "timestamp": int(time.time())}))
+    if not launcher_quotes or os.environ.get("LOCAL_RANK") == "0":
+        print("\n".join(lines), file=sys.stderr)
+    sys.exit(code)
 
 
 class Section(BaseModel):

@@ -39,6 +39,16 @@ def make_accelerator(tracker: str | None = None, folder: Path | None = None) -> 
     return accelerator
 
 
+def say_where() -> None:
+    """Print how many processes run on what, and whether GPUs stay idle."""
+    accelerator = make_accelerator()
+    line = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    if torch.cuda.device_count() > _local_processes():
+        line += (f"; this machine has {torch.cuda.device_count()} GPUs: "
+                 f"accelerate launch --num_processes {torch.cuda.device_count()} … takes them all")
+    accelerator.print(line)
+
+
 def _local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

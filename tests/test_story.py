@@ -1,0 +1,195 @@
+"""The way of a user, end to end: recipes/run.py and the vitopt command in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import vitopt
+from vitopt import model as models
+
+ROOT = Path(__file__).parent.parent
+RUN = str(ROOT / "recipes" / "run.py")
+LAUNCH = ["accelerate", "launch", "--config_file", str(ROOT / "accelerate_config.yaml")]
+MODEL = {"name": "vit_base_patch16_224", "img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2,
+         "num_heads": 2, "mlp_ratio": 2.0}
+TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002}
+RECIPES = {
+    "baseline": {"model": MODEL, "train": TRAIN},
+    "pruned": {"start": "baseline", "prune": {"ratio": 0.3, "importance": "taylor"}},
+    "pruned_kd": {"start": "baseline", "prune": {"ratio": 0.3}, "distill": {"teacher": "baseline"},
+                  "train": TRAIN | {"tracker": "tensorboard", "ema_decay": 0.9, "augment": {"crop": "pad"}}},
+}
+
+
+def command(*words, cwd, check=True):
+    """Run a command of this environment; its exit code and what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    alone = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run([str(word) for word in words], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=alone | {"PATH": path})
+    assert not check or done.returncode == 0, done.stdout
+    return done
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """Three rows made by two processes over gloo, given in the wrong order."""
+    folder = tmp_path_factory.mktemp("story")
+    (folder / "recipes").mkdir()
+    for name, recipe in RECIPES.items():
+        (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump({"data": {"name": "digits"}} | recipe))
+    paths = [folder / "recipes" / f"{name}.yaml" for name in ("pruned_kd", "pruned", "baseline")]
+    words = [RUN, *paths, "data.limit=300"]
+    printed = command(*LAUNCH, "--num_processes", "2", *words, cwd=folder).stdout
+    return folder, words, printed
+
+
+def run_folder(story, name):
+    return story[0] / "runs" / "recipes" / name
+
+
+def test_every_row_is_made_in_order_by_two_processes_and_the_table_is_printed(story):
+    _, _, printed = story
+    assert printed.startswith("2 process(es) on cpu")
+    assert printed.index("\nbaseline:") < min(printed.index("\npruned:"), printed.index("\npruned_kd:"))
+    table = printed[printed.index("Accuracy (%)"):]
+    assert all(name in table for name in RECIPES) and "report.html" in table and "learning_curves.png" in table
+    assert "Traceback" not in printed and "epoch 2/2" in printed
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_folder_is_whole(story, name):
+    folder = run_folder(story, name)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    wanted = ("accuracy latency_ms images_per_second model_size_mb peak_memory_mb macs params power_w "
+              "energy_j_per_1k_images train_energy_kwh train_seconds device batch_size power_source")
+    assert all(metrics[key] is not None for key in wanted.split())
+    assert metrics["test_images"] == 300 and metrics["num_processes"] == 2
+    history = pd.read_csv(folder / "history.csv")
+    assert list(history.columns) == ["epoch", "loss", "validation_accuracy", "lr", "seconds", "images_per_second"]
+    trained = "train" in RECIPES[name]
+    assert len(history) == (2 if trained else 0) and (metrics["train_seconds"] > 0) == trained
+    assert list(pd.read_csv(folder / "energy.csv")["phase"]) == ["train", "inference"]
+    assert not list(folder.rglob("*.pt")) + list(folder.rglob("*.pth")) + list(folder.rglob("*.pkl"))
+
+
+def test_the_pruned_rows_are_smaller_and_load_as_they_were_saved(story):
+    baseline = json.loads((run_folder(story, "baseline") / "metrics.json").read_text())
+    for name in ("pruned", "pruned_kd"):
+        metrics = json.loads((run_folder(story, name) / "metrics.json").read_text())
+        assert metrics["params"] < baseline["params"] and metrics["macs"] < baseline["macs"]
+        model = vitopt.load(run_folder(story, name))
+        assert sum(parameter.numel() for parameter in model.parameters()) == metrics["params"]
+        assert model(models.example_input(model)).shape == (1, 10)
+
+
+def test_the_test_accuracy_is_that_of_the_saved_model_over_each_image_once(story):
+    from vitopt import data
+    from vitopt.recipe import Data
+    for name in RECIPES:
+        model = vitopt.load(run_folder(story, name))
+        test = data.load(Data(name="digits", limit=300), model.architecture["input"]).test
+        with torch.no_grad():
+            hits = [model(image.unsqueeze(0)).argmax().item() == target for image, target in test]
+        metrics = json.loads((run_folder(story, name) / "metrics.json").read_text())
+        assert metrics["accuracy"] == pytest.approx(100 * sum(hits) / 300, abs=0.34)  # one image may be a near tie
+
+
+def test_the_tracker_that_the_recipe_names_has_recorded(story):
+    assert list(run_folder(story, "pruned_kd").rglob("events.out.tfevents*"))
+
+
+def test_finished_rows_are_kept_and_said_so(story):
+    folder, words, _ = story
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/recipes/*/metrics.json")}
+    printed = command(sys.executable, *words, cwd=folder).stdout
+    assert printed.count("finished, kept in") == 3
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("runs/recipes/*/metrics.json")}
+
+
+def test_a_changed_recipe_is_refused_and_nothing_is_touched(story):
+    folder, words, _ = story
+    done = command(sys.executable, *words, "prune.ratio=0.5", cwd=folder, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all("prune.ratio: 0.3 in the finished run, 0.5 in the recipe" in line for line in lines)
+
+
+def test_a_mistake_ends_in_one_line_and_exit_code_2(story):
+    folder, words, _ = story
+    done = command(sys.executable, *words, "train.epocs=3", "output=elsewhere", cwd=folder, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout and not (folder / "elsewhere").exists()
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all("train.epocs: unknown key; did you mean epochs?" in line for line in lines)
+
+
+def test_one_and_two_processes_train_alike(story):
+    """The batch is the total over processes: as many steps, the same images, losses equal to rounding."""
+    folder, _, _ = story
+    recipe = folder / "recipes" / "baseline.yaml"
+    command(*LAUNCH, RUN, recipe, "data.limit=300", "output=alone", cwd=folder)
+    two = pd.read_csv(run_folder(story, "baseline") / "history.csv")
+    one = pd.read_csv(folder / "alone" / "recipes" / "baseline" / "history.csv")
+    assert one["lr"].tolist() == two["lr"].tolist()
+    assert one["loss"].tolist() == pytest.approx(two["loss"].tolist(), rel=1e-4)
+    assert one["validation_accuracy"].tolist() == pytest.approx(two["validation_accuracy"].tolist(), abs=3.4)
+
+
+def test_a_run_killed_in_training_leaves_the_former_state_and_starts_again(story):
+    folder, _, _ = story
+    recipe = folder / "recipes" / "baseline.yaml"
+    words = [sys.executable, RUN, str(recipe), "data.limit=300", "output=killed"]
+    long = subprocess.Popen([*words, "train.epochs=1000"], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+    for line in long.stdout:
+        if "epoch 2/" in line:
+            break
+    long.send_signal(signal.SIGKILL)
+    long.wait()
+    assert not (folder / "killed" / "recipes" / "baseline").exists()
+    command(*words, cwd=folder)
+    assert (folder / "killed" / "recipes" / "baseline" / "metrics.json").exists()
+    assert [path.name for path in (folder / "killed" / "recipes").iterdir() if path.name.startswith(".")] == []
+
+
+def test_ctrl_c_ends_in_one_line(story):
+    folder, _, _ = story
+    words = [sys.executable, RUN, str(folder / "recipes" / "baseline.yaml"), "data.limit=300", "output=stopped",
+             "train.epochs=1000"]
+    long = subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in long.stdout:
+        if "epoch 1/" in line:
+            break
+    time.sleep(0.2)
+    long.send_signal(signal.SIGINT)
+    rest = long.stdout.read()
+    assert long.wait() == 130 and "Traceback" not in rest and rest.strip().endswith("finished rows are kept")
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "recipes").iterdir() if path.is_dir()))
+def test_every_shipped_recipe_is_dry_run(folder, tmp_path):
+    recipes = sorted((ROOT / "recipes" / folder).glob("*.yaml"))
+    assert len(recipes) >= 6
+    printed = command(sys.executable, RUN, "--dry-run", *recipes, cwd=tmp_path).stdout
+    assert all(f"{path.stem}: " in printed for path in recipes)
+    assert "parameters" in printed and "blocks.0.attn" in printed and not list(tmp_path.iterdir())
+
+
+def test_the_vitopt_command_reports_and_gives_the_schema(story):
+    folder, _, _ = story
+    (folder / "runs" / "recipes" / "report.html").unlink()
+    assert "Accuracy (%)" in command("vitopt", "report", "runs/recipes", cwd=folder).stdout
+    assert (folder / "runs" / "recipes" / "report.html").exists()
+    schema = json.loads(command(sys.executable, "-m", "vitopt", "schema", cwd=folder).stdout)
+    assert "prune" in schema["properties"]
+    done = command("vitopt", "report", "nowhere", cwd=folder, check=False)
+    assert done.returncode == 2 and done.stdout.startswith("error: nowhere: holds no finished run")
