@@ -11,8 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP threads that wait soon
 
 from accelerate.utils import set_seed  # noqa: E402
 
-from vitopt import data, energy, metrics, pruning, report, runs, training  # noqa: E402
-from vitopt import model as models  # noqa: E402
+from vitopt import data, energy, metrics, model as models, pruning, report, runs, training  # noqa: E402
 from vitopt.recipe import Augment, errors_as_lines  # noqa: E402
 
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitopt import metrics, pruning
-from vitopt import model as models
+from vitopt import metrics, model as models, pruning
 from vitopt.recipe import InputError, Model, Prune
 
 BASELINE = Model(name="vit_base_patch16_224", img_size=32, patch_size=4, embed_dim=512, depth=6, num_heads=8,

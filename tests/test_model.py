@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import vitopt
-from vitopt import model as models
-from vitopt import pruning
+from vitopt import model as models, pruning
 from vitopt.recipe import InputError, Model, Prune
 
 VIT = {"name": "vit_base_patch16_224"}

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitopt import metrics, pruning
-from vitopt import model as models
+from vitopt import metrics, model as models, pruning
 from vitopt.recipe import InputError, Model, Prune
 
 

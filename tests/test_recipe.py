@@ -5,7 +5,7 @@ import jsonschema
 import pytest
 import yaml
 
-from vitopt.recipe import InputError, Recipe, errors_as_lines, read
+from vitopt.recipe import InputError, Recipe, Train, batch_problems, errors_as_lines, read
 
 TRAIN = {"epochs": 1, "batch_size": 32, "lr": 0.001}
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*/*.yaml"))
@@ -79,6 +79,16 @@ def test_an_override_reaches_the_recipes_that_have_the_section_and_creates_none(
 def test_a_wrong_override_is_an_error(write_recipe, override, expected):
     problems = problems_of(write_recipe, override, train=TRAIN)
     assert len(problems) == 1 and expected in problems[0], problems
+
+
+@pytest.mark.parametrize("sections, expected", [
+    ({"batch_size": 33}, "33 does not divide among 2 processes: take a multiple of 2"),
+    ({"batch_size": 34, "augment": {"mixup": 1.0}}, "pair the 17 images of each process: take a multiple of 4"),
+])
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(sections, expected):
+    problem, = batch_problems(Train(**TRAIN | sections), 2)
+    assert expected in problem
+    assert batch_problems(Train(**TRAIN | sections), 1) == []
 
 
 def test_the_schema_accepts_every_shipped_recipe_and_refuses_a_typo():

@@ -3,8 +3,7 @@ import json
 import pytest
 import yaml
 
-from vitopt import energy, runs
-from vitopt import model as models
+from vitopt import energy, model as models, runs
 from vitopt.recipe import InputError
 
 TRAIN = {"epochs": 1, "batch_size": 32, "lr": 0.001}
@@ -147,6 +146,7 @@ def test_a_run_that_fails_leaves_the_former_one_as_it_was(write_recipe, plan, fi
     with pytest.raises(KeyboardInterrupt), runs.writing(row.folder, True):
         (runs.unfinished(row.folder) / "metrics.json").write_text("{}")
         raise KeyboardInterrupt
+    assert not runs.unfinished(row.folder).exists()
     assert {file.name: file.read_bytes() for file in row.folder.iterdir()} == before
 
 
@@ -155,6 +155,11 @@ def test_a_kill_between_two_renames_loses_no_run(write_recipe, plan, finish):
     finish(row)
     row.folder.rename(row.folder.parent / ".a.replaced")  # where a kill in the midst of `writing` leaves it
     assert runs.is_finished(row.folder) and json.loads((row.folder / "metrics.json").read_text())["accuracy"] == 50.0
+
+
+def test_weights_that_cannot_be_written_are_an_error_of_the_machine_that_names_the_file(tiny, tmp_path):
+    with pytest.raises(OSError, match="model.safetensors"):
+        models.save(tiny(), tmp_path / "absent")
 
 
 def test_what_a_killed_run_left_is_thrown_away(write_recipe, plan, finish):

@@ -5,8 +5,7 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 
-from vitopt import data, training
-from vitopt import model as models
+from vitopt import data, model as models, training
 from vitopt.recipe import Augment, InputError, Recipe
 
 TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002, "augment": {"crop": "pad", "padding": 1}}
@@ -85,15 +84,9 @@ def test_a_loss_that_is_no_number_stops_with_the_cure(tiny, accelerator):
         trained(tiny, accelerator, train=TRAIN | {"lr": 1e30, "warmup_ratio": 0.0, "optimizer": "sgd"})
 
 
-@pytest.mark.parametrize("sections, images, processes, expected", [
-    ({"batch_size": 33}, 100, 2, "33 does not divide among 2 processes: take a multiple of 2"),
-    ({"batch_size": 34, "augment": {"mixup": 1.0}}, 100, 2, "pair the 17 images of each process: take a multiple of 4"),
-    ({"batch_size": 64}, 50, 2, "64 is more than the 50 training images: take 50 or less"),
-])
-def test_batches_that_cannot_be_made_are_refused_before_the_first_step(sections, images, processes, expected):
-    recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits"}, "train": TRAIN | sections})
-    with pytest.raises(InputError, match=expected):
-        training.check(recipe, images, processes)
+def test_a_batch_larger_than_the_data_is_refused(tiny, accelerator):
+    with pytest.raises(InputError, match="train.batch_size: 1000 is more than the 180 training images"):
+        trained(tiny, accelerator, train=TRAIN | {"batch_size": 1000})
 
 
 def test_gradients_for_taylor_are_those_of_the_mean_loss(tiny, accelerator):

@@ -19,8 +19,7 @@ import psutil
 import torch
 from torch import nn
 
-from vitopt import energy
-from vitopt import model as models
+from vitopt import energy, model as models
 from vitopt.recipe import InputError
 
 with warnings.catch_warnings():

@@ -238,9 +238,16 @@ def _resize(layer: nn.Linear, in_features: int | None = None, out_features: int 
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write model.safetensors and model.json into a folder."""
+    """Write model.safetensors and model.json into a folder.
+
+    Raises:
+        OSError: it cannot be written, such as for want of space.
+    """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
+    try:
+        save_file(weights, folder / "model.safetensors")
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(folder / "model.safetensors")) from error
     (folder / "model.json").write_text(json.dumps(model.architecture, indent=2) + "\n", encoding="utf-8")
 
 

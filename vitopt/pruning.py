@@ -15,6 +15,7 @@ does not know about attention is here:
 
 import math
 import warnings
+
 import torch
 import torch_pruning as tp
 from timm.layers import Attention, Mlp

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,11 @@ class InputError(ValueError):
 
 @contextmanager
 def errors_as_lines():
-    """For commands: end with one line a problem and exit code 2 where the input is at fault, 1 where the machine is."""
+    """For commands: end with one line a problem and exit code 2 where the input is at fault, 1 where the machine is.
+
+    Warnings become lines too.
+    """
+    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
     try:
         yield
     except InputError as error:
@@ -193,6 +198,18 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def batch_problems(train: Train, num_processes: int) -> list[str]:
+    """What is wrong with a batch size over so many processes."""
+    size, share = train.batch_size, train.batch_size // num_processes
+    if size % num_processes:
+        return [f"train.batch_size: {size} does not divide among {num_processes} processes: "
+                f"take a multiple of {num_processes}"]
+    if (train.augment.mixup or train.augment.cutmix) and share % 2:
+        return [f"train.batch_size: {size}: mixup and CutMix pair the {share} images of each process: "
+                f"take a multiple of {2 * num_processes}"]
+    return []
 
 
 def _override(contents: dict[Path, dict], override: str) -> list[str]:

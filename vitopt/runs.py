@@ -22,10 +22,8 @@ import yaml
 from accelerate.tracking import get_available_trackers
 from timm.optim import list_optimizers
 
-from vitopt import data
-from vitopt import model as models
-from vitopt import pruning
-from vitopt.recipe import InputError, Recipe, read
+from vitopt import data, model as models, pruning
+from vitopt.recipe import InputError, Recipe, batch_problems, read
 
 LIBRARIES = ("vitopt", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "codecarbon", "fvcore")
 
@@ -132,6 +130,7 @@ def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Pat
     if recipe.prune and shape is not None and not models.widths(shape):
         problems.append(pruning.unprunable(shape))
     if recipe.train:
+        problems += batch_problems(recipe.train, int(os.environ.get("WORLD_SIZE", 1)))
         if recipe.train.tracker and recipe.train.tracker not in map(str, get_available_trackers()):
             problems.append(f"train.tracker: {recipe.train.tracker} is not installed or unknown to accelerate; "
                             f"installed: {', '.join(map(str, get_available_trackers())) or 'none'}")
@@ -191,12 +190,17 @@ def unfinished(folder: Path) -> Path:
 
 @contextmanager
 def writing(folder: Path, is_main_process: bool):
-    """Let the block write into `unfinished(folder)`, and put that in the place of `folder` when it ends well."""
+    """Let the block write into `unfinished(folder)`, and put that in the place of `folder` only if it ends well."""
     partial, replaced = unfinished(folder), _beside(folder, "replaced")
     if is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    yield
+    try:
+        yield
+    except BaseException:
+        if is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     if is_main_process:
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():

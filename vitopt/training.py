@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from vitopt import distillation, metrics
-from vitopt import model as models
+from vitopt import distillation, metrics, model as models
 from vitopt.data import Splits
 from vitopt.recipe import InputError, Recipe
 
@@ -88,20 +87,6 @@ def eval_loader(dataset: Dataset, workers: int, accelerator: Accelerator):
     return accelerator.prepare(make_loader(dataset, batch_size, workers))
 
 
-def check(recipe: Recipe, images: int, num_processes: int) -> None:
-    """Raise InputError where a recipe's batches do not fit its images or the number of processes."""
-    size, augment = recipe.train.batch_size, recipe.train.augment
-    if size % num_processes:
-        raise InputError(f"train.batch_size: {size} does not divide among {num_processes} processes: "
-                         f"take a multiple of {num_processes}")
-    if (augment.mixup or augment.cutmix) and size // num_processes % 2:
-        raise InputError(f"train.batch_size: {size}: mixup and CutMix pair the {size // num_processes} images of each "
-                         f"process: take a multiple of {2 * num_processes}")
-    if images < size:
-        raise InputError(f"train.batch_size: {size} is more than the {images} training images: "
-                         f"take {images // num_processes * num_processes} or less")
-
-
 def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Accelerator,
           teacher: nn.Module | None = None) -> tuple[nn.Module, list[dict]]:
     """Train as the recipe's `train` section says, and listen to the teacher as `distill` says.
@@ -119,10 +104,12 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
         `lr`, `seconds`, `images_per_second`.
 
     Raises:
-        InputError: batches that cannot be made, or a loss that is no number.
+        InputError: fewer images than a batch, or a loss that is no number.
     """
     section = recipe.train
-    check(recipe, len(splits.train), accelerator.num_processes)
+    if len(splits.train) < section.batch_size:
+        raise InputError(f"train.batch_size: {section.batch_size} is more than the {len(splits.train)} training "
+                         "images: take a smaller one")
     set_seed(recipe.seed)  # the same order of images on all processes
     num_classes = models.num_classes(model)
     model.to(accelerator.device)
