@@ -67,12 +67,12 @@ def make(row, force):
             models.save(model, unfinished)
             numbers |= metrics.measure_apart(unfinished, accelerator.device)
             runs.write(unfinished, row, numbers, history, used, accelerator.num_processes)
-        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
 
 
 def dry_run(rows):
     """Show what the rows would be, without data or training."""
-    dry = {}
+    accelerator, dry = training.make_accelerator(), {}
     for row in rows:
         if row.start:
             model = models.load(row.start) if runs.is_finished(row.start) else copy.deepcopy(dry[row.start])
@@ -81,8 +81,8 @@ def dry_run(rows):
         if row.recipe.prune:  # Taylor scores need data: here magnitudes stand in for them
             pruning.prune(model, row.recipe.prune.model_copy(update={"importance": "l2"}))
         dry[row.folder] = model
-        print(metrics.describe(row.name, model))
-    print("Where a row is pruned before the row it starts from is trained, its widths by block are a guess.")
+        accelerator.print(metrics.describe(row.name, model))
+    accelerator.print("How a pruned row's channels spread over its blocks is a guess: the run ranks them on data.")
 
 
 if __name__ == "__main__":

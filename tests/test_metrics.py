@@ -48,7 +48,7 @@ def baseline(request):
     torch.manual_seed(0)
     model = models.build(BASELINE, 10).eval()
     if request.param:
-        pruning.prune(model, Prune(ratio=request.param))
+        pruning.prune(model, Prune(ratio=request.param, importance="l2"))
     return model
 
 

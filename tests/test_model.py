@@ -51,7 +51,7 @@ def test_a_model_for_any_size_takes_the_image_size_it_is_told():
 
 def test_a_saved_model_gives_bit_identical_outputs_in_a_fresh_process(tiny, tmp_path):
     model = tiny()
-    pruning.prune(model, Prune(ratio=0.4))
+    pruning.prune(model, Prune(ratio=0.4, importance="l2"))
     models.save(model, tmp_path)
     images = models.example_input(model, 3)
     save_file({"images": images, "logits": model(images).detach()}, tmp_path / "expected.safetensors")
@@ -65,12 +65,12 @@ def test_a_saved_model_gives_bit_identical_outputs_in_a_fresh_process(tiny, tmp_
 
 def test_a_loaded_model_can_be_pruned_and_saved_again(tiny, tmp_path):
     model = tiny()
-    pruning.prune(model, Prune(ratio=0.2))
+    pruning.prune(model, Prune(ratio=0.2, importance="l2"))
     for step in (tmp_path / "a", tmp_path / "b"):
         step.mkdir()
     models.save(model, tmp_path / "a")
     again = vitopt.load(tmp_path / "a")
-    pruning.prune(again, Prune(ratio=0.3))
+    pruning.prune(again, Prune(ratio=0.3, importance="l2"))
     models.save(again, tmp_path / "b")
     images = models.example_input(model, 2)
     assert torch.equal(vitopt.load(tmp_path / "b")(images), again(images))

@@ -69,7 +69,7 @@ def test_a_pruned_model_computes_what_the_original_computes_with_the_removed_cha
 
 def test_fused_and_unfused_attention_agree_after_pruning(tiny):
     model = tiny()
-    pruning.prune(model, Prune(ratio=0.5))
+    pruning.prune(model, Prune(ratio=0.5, importance="l2"))
     images = models.example_input(model, 4)
     fused = model(images)
     for attention in models.attentions(model).values():
@@ -81,7 +81,7 @@ def test_fused_and_unfused_attention_agree_after_pruning(tiny):
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4, 0.8])
 def test_the_ratio_is_the_share_of_channels_that_is_removed(tiny, ratio):
     model = tiny()
-    changes = pruning.prune(model, Prune(ratio=ratio))
+    changes = pruning.prune(model, Prune(ratio=ratio, importance="l2"))
     total = sum(change["before"] for change in changes.values())
     removed = total - sum(change["after"] for change in changes.values())
     assert total == 2 * (32 + 64) and removed == round(ratio * total)
@@ -95,7 +95,7 @@ def test_the_ranking_is_global_and_the_weaker_block_loses_more(tiny):
             scale = torch.linspace(-spread, 0, 64).exp().unsqueeze(1)
             block.mlp.fc1.weight.copy_(torch.ones_like(block.mlp.fc1.weight) * scale)
             block.mlp.fc2.weight.copy_((torch.ones_like(block.mlp.fc2.weight).t() * scale).t())
-    changes = pruning.prune(model, Prune(ratio=0.2))
+    changes = pruning.prune(model, Prune(ratio=0.2, importance="l2"))
     assert changes["blocks.0.mlp"]["after"] < 40 and changes["blocks.1.mlp"]["after"] == 64
     # what is left are the strong ones
     assert model.blocks[0].mlp.fc1.weight.min() > torch.tensor(-1.5).exp()
@@ -126,7 +126,7 @@ def test_taylor_scores_equal_a_count_by_hand(tiny):
 def test_pruning_makes_fewer_parameters_and_macs_and_the_model_trains_on(tiny):
     model = tiny()
     params, macs = metrics.count_params(model), metrics.count_macs(model)
-    pruning.prune(model, Prune(ratio=0.5))
+    pruning.prune(model, Prune(ratio=0.5, importance="l2"))
     assert metrics.count_params(model) < 0.7 * params and metrics.count_macs(model) < 0.7 * macs
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -138,8 +138,8 @@ def test_pruning_makes_fewer_parameters_and_macs_and_the_model_trains_on(tiny):
 
 def test_two_prunings_do_not_disturb_each_other(tiny):
     first, second = tiny(), tiny()
-    pruning.prune(first, Prune(ratio=0.3))
-    pruning.prune(second, Prune(ratio=0.3))
+    pruning.prune(first, Prune(ratio=0.3, importance="l2"))
+    pruning.prune(second, Prune(ratio=0.3, importance="l2"))
     images = models.example_input(first, 2)
     assert torch.equal(first(images), second(images))
 
@@ -148,7 +148,7 @@ def test_a_model_that_cannot_be_pruned_says_so_by_name_and_stays_as_it_is():
     model = models.build(Model(name="resnet18"), 10)
     before = metrics.count_params(model)
     with pytest.raises(InputError, match="resnet18 has no attention or MLP that can be pruned"):
-        pruning.prune(model, Prune(ratio=0.3))
+        pruning.prune(model, Prune(ratio=0.3, importance="l2"))
     assert metrics.count_params(model) == before
 
 
@@ -157,11 +157,16 @@ def test_an_attention_that_is_left_alone_is_named(tiny, kwargs):
     model = tiny(**kwargs)
     widths = [attention.attn_dim for attention in models.other_attentions(model).values()]
     with pytest.warns(UserWarning, match=r"\(Attention\) cannot be pruned yet and keep their width: blocks.0.attn"):
-        changes = pruning.prune(model, Prune(ratio=0.3))
+        changes = pruning.prune(model, Prune(ratio=0.3, importance="l2"))
     assert list(changes) == ["blocks.0.mlp", "blocks.1.mlp"]
     assert [attention.attn_dim for attention in models.other_attentions(model).values()] == widths == [32, 32]
 
 
 def test_a_ratio_that_removes_no_channel_is_an_error(tiny):
     with pytest.raises(InputError, match="prune.ratio: 0.001 removes less than one channel"):
-        pruning.prune(tiny(), Prune(ratio=0.001))
+        pruning.prune(tiny(), Prune(ratio=0.001, importance="l2"))
+
+
+def test_taylor_without_gradients_is_an_error(tiny):
+    with pytest.raises(InputError, match="prune.importance: taylor: the model has no gradients"):
+        pruning.prune(tiny(), Prune(ratio=0.3))

@@ -24,8 +24,8 @@ MODEL = {"name": "vit_base_patch16_224", "img_size": 16, "patch_size": 8, "in_ch
 TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002}
 RECIPES = {
     "baseline": {"model": MODEL, "train": TRAIN},
-    "pruned": {"start": "baseline", "prune": {"ratio": 0.3, "importance": "taylor"}},
-    "pruned_kd": {"start": "baseline", "prune": {"ratio": 0.3}, "distill": {"teacher": "baseline"},
+    "pruned": {"start": "baseline", "prune": {"ratio": 0.3}},
+    "pruned_kd": {"start": "baseline", "prune": {"ratio": 0.3, "importance": "l2"}, "distill": {"teacher": "baseline"},
                   "train": TRAIN | {"tracker": "tensorboard", "ema_decay": 0.9, "augment": {"crop": "pad"}}},
 }
 

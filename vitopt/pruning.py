@@ -50,6 +50,9 @@ def prune(model: nn.Module, section: Prune) -> dict[str, dict[str, int]]:
     attentions, mlps = models.attentions(model), models.mlps(model)
     if not attentions and not mlps:
         raise InputError(unprunable(model))
+    if section.importance == "taylor" and all(parameter.grad is None for parameter in model.parameters()):
+        raise InputError("prune.importance: taylor: the model has no gradients: call training.accumulate_gradients "
+                         "first, or take l2")
     if left := models.other_attentions(model):
         kinds = ", ".join(sorted({type(module).__name__ for module in left.values()}))
         warnings.warn(f"prune: these attentions ({kinds}) cannot be pruned yet and keep their width: {', '.join(left)}",

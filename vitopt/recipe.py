@@ -92,7 +92,8 @@ class Data(Section):
 class Prune(Section):
     ratio: float = Field(
         gt=0, lt=1, description="share of the prunable channels removed, between 0 and 1, such as 0.4")
-    importance: Literal["l1", "l2", "taylor"] = Field("l2", description="how channels are ranked: l1, l2 or taylor")
+    importance: Literal["l1", "l2", "taylor"] = Field(
+        "taylor", description="how channels are ranked: taylor (the loss on training images), l1 or l2 (magnitude)")
 
 
 class Distill(Section):

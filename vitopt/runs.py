@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from graphlib import CycleError, TopologicalSorter
@@ -155,7 +155,8 @@ def is_finished(folder: Path) -> bool:
     """Whether a folder holds a finished run, after mending a replacement that a kill cut in two."""
     replaced = _beside(folder, "replaced")
     if replaced.exists() and not folder.exists():
-        replaced.rename(folder)
+        with suppress(FileNotFoundError):  # another process was faster
+            replaced.rename(folder)
     return (folder / "metrics.json").is_file()
 
 
