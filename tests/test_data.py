@@ -120,7 +120,7 @@ def test_augmentation_changes_training_images_and_no_others():
     assert all(torch.equal(splits.validation[i][0], splits.validation[i][0]) for i in range(20))
     assert all(torch.equal(splits.test[i][0], splits.test[i][0]) for i in range(20))
     plain = data.load(Data(name="digits"), GREY)
-    assert all(torch.equal(plain.train[i][0], plain.train[i][0]) for i in range(20))
+    assert all(torch.equal(plain.train[i][0], splits.calibration[i][0]) for i in range(20))
 
 
 def test_every_image_survives_the_strongest_policy():

@@ -91,9 +91,9 @@ def test_a_batch_larger_than_the_data_is_refused(tiny, accelerator):
 
 def test_gradients_for_taylor_are_those_of_the_mean_loss(tiny, accelerator):
     model = tiny()
-    splits = data.load(data.Data(name="digits", limit=100), model.architecture["input"], Augment())
+    splits = data.load(data.Data(name="digits", limit=100), model.architecture["input"], Augment(crop="pad"))
     training.accumulate_gradients(model, splits, accelerator)
-    images, targets = zip(*(splits.train[index] for index in range(len(splits.train))))
+    images, targets = zip(*(splits.calibration[index] for index in range(len(splits.calibration))))
     expected = torch.autograd.grad(
         torch.nn.functional.cross_entropy(model(torch.stack(images)), torch.tensor(targets)), list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected):

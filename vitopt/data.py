@@ -26,8 +26,9 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Splits:
-    """`train` is augmented; `validation` and `test` are not. Each item is (float tensor of (C, H, W), class index)."""
+    """Each item is (float tensor of (C, H, W), class index). Only `train` is augmented."""
     train: torch.utils.data.Dataset
+    calibration: torch.utils.data.Dataset  # the training images as they are, in random order, to rank channels on
     validation: torch.utils.data.Dataset
     test: torch.utils.data.Dataset
     classes: list[str]
@@ -87,6 +88,7 @@ def load(section: Data, size: dict, augment: Augment = Augment()) -> Splits:
         mean=size["mean"], std=size["std"], crop_pct=size["crop_pct"])
     return Splits(
         train=Images(train, train_indices, mode, _augmenting(size, augment)),
+        calibration=Images(train, train_indices, mode, plain),
         validation=Images(train, validation_indices, mode, plain),
         test=Images(test, test_indices, mode, plain),
         classes=[str(name) for name in train.classes],

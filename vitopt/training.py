@@ -62,7 +62,7 @@ def accumulate_gradients(model: nn.Module, splits: Splits, accelerator: Accelera
 
     Every process ends with the same gradients, so that all rank channels alike.
     """
-    images = Subset(splits.train, range(min(GRADIENT_IMAGES, len(splits.train))))
+    images = Subset(splits.calibration, range(min(GRADIENT_IMAGES, len(splits.calibration))))
     model.to(accelerator.device).eval()
     for batch, targets in eval_loader(images, splits.workers, accelerator):
         F.cross_entropy(model(batch), targets).backward()
