@@ -123,6 +123,13 @@ def test_augmentation_changes_training_images_and_no_others():
     assert all(torch.equal(plain.train[i][0], splits.calibration[i][0]) for i in range(20))
 
 
+def test_training_images_without_augmentation_are_the_calibration_images_whatever_their_shape(folder):
+    splits = data.load(Data(name="folder", root=str(folder)), COLOUR)
+    assert {image.size for image, _ in splits.train.source} != {(15, 15)}
+    for index in range(len(splits.train)):
+        assert torch.equal(splits.train[index][0], splits.calibration[index][0])
+
+
 def test_every_image_survives_the_strongest_policy():
     augment = Augment(auto_augment="rand-m10-n5-inc1")
     splits = data.load(Data(name="digits"), COLOUR, augment)

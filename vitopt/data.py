@@ -111,7 +111,8 @@ def _augmenting(size: dict, augment: Augment) -> Callable:
         mean=size["mean"], std=size["std"], scale=(augment.scale, 1.0), hflip=augment.hflip, color_jitter=None,
         auto_augment=augment.auto_augment, re_prob=augment.random_erasing)
     if augment.crop != "resized":
-        steps = [transforms.Resize(hw, transforms.InterpolationMode(size["interpolation"]))]
+        resize = transforms.Resize(max(hw), transforms.InterpolationMode(size["interpolation"]))
+        steps = [resize, transforms.CenterCrop(hw)]  # the aspect ratio stays, as it does in the test
         if augment.crop == "pad":
             steps.append(transforms.RandomCrop(hw, padding=augment.padding))
         first = transforms.Compose([*steps, transforms.RandomHorizontalFlip(augment.hflip)])

@@ -58,21 +58,22 @@ def local_gpus(accelerator: Accelerator) -> list[int]:
 
 
 def accumulate_gradients(model: nn.Module, splits: Splits, accelerator: Accelerator) -> None:
-    """Fill `.grad` with the cross-entropy's gradient over up to 1,024 training images, averaged over processes.
+    """Fill `.grad` with the gradient of the mean cross-entropy over up to 1,024 training images.
 
-    Every process ends with the same gradients, so that all rank channels alike.
+    Every process does its share and ends with the same gradients, so that all rank channels alike.
     """
     images = Subset(splits.calibration, range(min(GRADIENT_IMAGES, len(splits.calibration))))
     model.to(accelerator.device).eval()
     for batch, targets in eval_loader(images, splits.workers, accelerator):
-        F.cross_entropy(model(batch), targets).backward()
+        (F.cross_entropy(model(batch), targets, reduction="sum") / len(images)).backward()
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            parameter.grad = accelerator.reduce(parameter.grad, "sum")
 
 
 def evaluate(model: nn.Module, dataset: Dataset, splits: Splits, accelerator: Accelerator) -> tuple[float, int]:
     """Accuracy in percent over all processes and the number of images; see `metrics.accuracy`."""
+    model.to(accelerator.device)
     return metrics.accuracy(model, eval_loader(dataset, splits.workers, accelerator), accelerator)
 
 
