@@ -29,7 +29,8 @@ with warnings.catch_warnings():
 BATCH_SIZE = {"cpu": 64, "cuda": 256}  # of throughput, memory and energy: equal for all rows of a table
 WARMUP_SECONDS = 1.0
 LATENCY_CALLS, LATENCY_SECONDS = (100, 1000), 4.0  # at least, at most; and no more after so long
-THROUGHPUT_WINDOWS, THROUGHPUT_SECONDS = 5, 0.5
+LATENCY_WINDOW = 50
+THROUGHPUT_WINDOWS, THROUGHPUT_SECONDS = 10, 0.3
 ENERGY_SECONDS = 5.0
 
 
@@ -115,7 +116,8 @@ def measure(folder: Path, device: torch.device) -> dict:
 
     Returns:
         `params`, `macs` (of one image), `model_size_mb`: MB (10^6 bytes) of model.safetensors.
-        `latency_ms` and `latency_p95_ms`: median and 95th percentile over single-image calls.
+        `latency_ms` and `latency_p95_ms`: median and 95th percentile over single-image calls on one CPU thread, in the
+        quietest window of many calls.
         `images_per_second`: the best of several windows at `batch_size`.
         `peak_memory_mb`: MB for weights and inference at `batch_size`: on a GPU the most that torch's
         allocator held, on a CPU how much the process grew from before the model was loaded.
@@ -124,7 +126,6 @@ def measure(folder: Path, device: torch.device) -> dict:
     """
     on_gpu = device.type == "cuda"
     threads = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
-    torch.set_num_threads(threads)
     batch_size = BATCH_SIZE.get(device.type, BATCH_SIZE["cuda"])
     _touch_kernels()
     before = psutil.Process().memory_info().rss
@@ -132,7 +133,10 @@ def measure(folder: Path, device: torch.device) -> dict:
     single, batch = models.example_input(model), models.example_input(model, batch_size)
     gc.collect()
     peak_bytes = _peak_memory(model, batch, before)
+    torch.set_num_threads(1)  # a second thread gains little on one image, and waits whenever the machine does
     latencies = _latencies(model, single)
+    window = _quietest(latencies)
+    torch.set_num_threads(threads)
     speed = _throughput(model, batch)
     tracker = energy.open_tracker([device.index or 0] if on_gpu else [])
     with energy.window(tracker, "inference") as reading:
@@ -141,8 +145,8 @@ def measure(folder: Path, device: torch.device) -> dict:
         "params": count_params(model),
         "macs": count_macs(model),
         "model_size_mb": (folder / "model.safetensors").stat().st_size / 1e6,
-        "latency_ms": 1e3 * statistics.median(latencies),
-        "latency_p95_ms": 1e3 * statistics.quantiles(latencies, n=20)[-1],
+        "latency_ms": 1e3 * statistics.median(window),
+        "latency_p95_ms": 1e3 * statistics.quantiles(window, n=20)[-1],
         "images_per_second": speed,
         "peak_memory_mb": peak_bytes / 1e6,
         "power_w": reading["power_w"],
@@ -152,7 +156,7 @@ def measure(folder: Path, device: torch.device) -> dict:
         "memory_source": "torch's CUDA allocator" if on_gpu else "growth of the process",
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
-        "threads": threads, "precision": "float32", "batch_size": batch_size,
+        "threads": threads, "latency_threads": 1, "precision": "float32", "batch_size": batch_size,
         "latency_calls": len(latencies), "inference": reading,
     }
 
@@ -199,8 +203,14 @@ def _latencies(model: nn.Module, single: torch.Tensor) -> list[float]:
     return latencies
 
 
+def _quietest(latencies: list[float]) -> list[float]:
+    """The run of LATENCY_WINDOW calls with the least median: what disturbs a machine only ever makes it slower."""
+    starts = range(0, len(latencies) - LATENCY_WINDOW + 1, LATENCY_WINDOW // 2)
+    return min((latencies[start:start + LATENCY_WINDOW] for start in starts), key=statistics.median)
+
+
 def _throughput(model: nn.Module, batch: torch.Tensor) -> float:
-    """Images per second in the best of several windows: what disturbs a machine only ever makes it slower."""
+    """Images per second in the best of several windows."""
     _run_for(WARMUP_SECONDS, model, batch)
     windows = [_run_for(THROUGHPUT_SECONDS, model, batch) for _ in range(THROUGHPUT_WINDOWS)]
     return max(images / seconds for images, seconds in windows)

@@ -135,9 +135,9 @@ def _notes(rows: dict[str, dict]) -> list[str]:
     how = {}
     for name, row in rows.items():
         metrics = row["metrics"]
-        text = (f"{metrics['device_name']}, {metrics['threads']} threads, {metrics['precision']}, eager; latency: "
-                f"median over single-image calls; speed, memory, power and energy at batch size "
-                f"{metrics['batch_size']}; accuracy on {metrics['test_images']} test images")
+        text = (f"{metrics['device_name']}, {metrics['precision']}, eager; latency of one image on one CPU thread; "
+                f"speed, memory, power and energy at batch size {metrics['batch_size']} on "
+                f"{metrics['threads']} CPU threads; accuracy on {metrics['test_images']} test images")
         how.setdefault(text, []).append(name)
     notes = [f"Measured on {text}." if len(how) == 1 else f"{', '.join(names)}: measured on {text}."
              for text, names in how.items()]
