@@ -27,10 +27,10 @@ with warnings.catch_warnings():
     from fvcore.nn import FlopCountAnalysis
 
 BATCH_SIZE = {"cpu": 64, "cuda": 256}  # of throughput, memory and energy: equal for all rows of a table
-WARMUP_SECONDS = 1.0
-LATENCY_CALLS, LATENCY_SECONDS = (100, 1000), 4.0  # at least, at most; and no more after so long
-LATENCY_WINDOW = 50
-THROUGHPUT_WINDOWS, THROUGHPUT_SECONDS = 10, 0.3
+SAMPLES = 4  # of latency and throughput, half of them before the energy and half after
+WARMUP_SECONDS = 0.3
+LATENCY_WINDOW, LATENCY_SECONDS = 50, 1.0  # calls; each sample has at least a window and lasts so long
+THROUGHPUT_WINDOWS, THROUGHPUT_SECONDS = 3, 0.3
 ENERGY_SECONDS = 5.0
 
 
@@ -117,7 +117,7 @@ def measure(folder: Path, device: torch.device) -> dict:
     Returns:
         `params`, `macs` (of one image), `model_size_mb`: MB (10^6 bytes) of model.safetensors.
         `latency_ms` and `latency_p95_ms`: median and 95th percentile over single-image calls on one CPU thread, in the
-        quietest window of many calls.
+        quietest window of many calls, for what disturbs a machine only ever makes it slower.
         `images_per_second`: the best of several windows at `batch_size`.
         `peak_memory_mb`: MB for weights and inference at `batch_size`: on a GPU the most that torch's
         allocator held, on a CPU how much the process grew from before the model was loaded.
@@ -133,21 +133,20 @@ def measure(folder: Path, device: torch.device) -> dict:
     single, batch = models.example_input(model), models.example_input(model, batch_size)
     gc.collect()
     peak_bytes = _peak_memory(model, batch, before)
-    torch.set_num_threads(1)  # a second thread gains little on one image, and waits whenever the machine does
-    latencies = _latencies(model, single)
-    window = _quietest(latencies)
     torch.set_num_threads(threads)
-    speed = _throughput(model, batch)
     tracker = energy.open_tracker([device.index or 0] if on_gpu else [])
+    samples = [_sample_speed(model, single, batch, threads) for _ in range(SAMPLES // 2)]
     with energy.window(tracker, "inference") as reading:
         images, seconds = _run_for(ENERGY_SECONDS, model, batch)
+    samples += [_sample_speed(model, single, batch, threads) for _ in range(SAMPLES // 2)]
+    latencies = min((latencies for latencies, _ in samples), key=statistics.median)
     return {
         "params": count_params(model),
         "macs": count_macs(model),
         "model_size_mb": (folder / "model.safetensors").stat().st_size / 1e6,
-        "latency_ms": 1e3 * statistics.median(window),
-        "latency_p95_ms": 1e3 * statistics.quantiles(window, n=20)[-1],
-        "images_per_second": speed,
+        "latency_ms": 1e3 * statistics.median(latencies),
+        "latency_p95_ms": 1e3 * statistics.quantiles(latencies, n=20)[-1],
+        "images_per_second": max(images_per_second for _, images_per_second in samples),
         "peak_memory_mb": peak_bytes / 1e6,
         "power_w": reading["power_w"],
         "energy_j_per_1k_images":
@@ -157,7 +156,7 @@ def measure(folder: Path, device: torch.device) -> dict:
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": threads, "latency_threads": 1, "precision": "float32", "batch_size": batch_size,
-        "latency_calls": len(latencies), "inference": reading,
+        "inference": reading,
     }
 
 
@@ -190,12 +189,20 @@ def _run_for(seconds: float, model: nn.Module, batch: torch.Tensor) -> tuple[int
     return calls * len(batch), time.perf_counter() - start
 
 
+def _sample_speed(model: nn.Module, single: torch.Tensor, batch: torch.Tensor, threads: int):
+    """Seconds of the calls in the quietest latency window, and the best images per second."""
+    torch.set_num_threads(1)  # a second thread gains little on one image, and waits whenever the machine does
+    latencies = _quietest(_latencies(model, single))
+    torch.set_num_threads(threads)
+    return latencies, _throughput(model, batch)
+
+
 @torch.inference_mode()
 def _latencies(model: nn.Module, single: torch.Tensor) -> list[float]:
     """Seconds of each of many single-image calls."""
     _run_for(WARMUP_SECONDS, model, single)
-    latencies, (least, most) = [], LATENCY_CALLS
-    while len(latencies) < least or len(latencies) < most and sum(latencies) < LATENCY_SECONDS:
+    latencies = []
+    while len(latencies) < LATENCY_WINDOW or sum(latencies) < LATENCY_SECONDS:
         start = time.perf_counter()
         model(single)
         _synchronize(single)
@@ -204,7 +211,7 @@ def _latencies(model: nn.Module, single: torch.Tensor) -> list[float]:
 
 
 def _quietest(latencies: list[float]) -> list[float]:
-    """The run of LATENCY_WINDOW calls with the least median: what disturbs a machine only ever makes it slower."""
+    """The LATENCY_WINDOW calls in a row with the least median."""
     starts = range(0, len(latencies) - LATENCY_WINDOW + 1, LATENCY_WINDOW // 2)
     return min((latencies[start:start + LATENCY_WINDOW] for start in starts), key=statistics.median)
 
