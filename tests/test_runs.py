@@ -127,6 +127,15 @@ def test_a_row_whose_forerunner_was_made_again_is_refused(write_recipe, plan, fi
         runs.refuse_changed([row])
 
 
+@pytest.mark.parametrize("content", ["", "[", "seed: 0", "provenance"])
+def test_a_finished_run_with_a_damaged_recipe_is_not_kept_silently(write_recipe, plan, finish, content):
+    row, = plan(write_recipe("a"))
+    finish(row)
+    (row.folder / "recipe.yaml").write_text(content)
+    with pytest.raises(InputError, match="recipe.yaml: .* where it should hold the recipe"):
+        runs.refuse_changed([row])
+
+
 def test_a_run_folder_says_what_made_it(write_recipe, plan, finish):
     row, = plan(write_recipe("a", train=TRAIN))
     finish(row)

@@ -162,8 +162,11 @@ def is_finished(folder: Path) -> bool:
 
 def differences(row: Row) -> list[str]:
     """How a finished run differs from what its recipe says now; empty where it can be kept."""
-    finished = yaml.safe_load((row.folder / "recipe.yaml").read_text(encoding="utf-8"))
-    provenance = finished.pop("provenance")
+    try:
+        finished = yaml.safe_load((row.folder / "recipe.yaml").read_text(encoding="utf-8"))
+        provenance = finished.pop("provenance")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError) as error:
+        return [f"recipe.yaml: {' '.join(str(error).split())} where it should hold the recipe and its provenance"]
     was, now = _flat(finished), _flat(_content(row.recipe))
     lines = [f"{key}: {was.get(key, 'absent')} in the finished run, {now.get(key, 'absent')} in the recipe"
              for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
