@@ -30,3 +30,9 @@ def test_each_foreign_library_has_one_door():
         users = [path.stem for path in PACKAGE.glob("*.py") if f"import {library}" in (text := path.read_text())
                  or f"from {library}" in text]
         assert users == [door]
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    command = "pip install -e '.[test]' && pytest"
+    root = PACKAGE.parent
+    assert f"\n{command}\n" in (root / "README.md").read_text() and command in (root / ".ci" / "run").read_text()
