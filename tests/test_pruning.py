@@ -162,6 +162,16 @@ def test_an_attention_that_is_left_alone_is_named(tiny, kwargs):
     assert [attention.attn_dim for attention in models.other_attentions(model).values()] == widths == [32, 32]
 
 
+def test_a_ratio_beyond_what_the_layers_may_lose_is_an_error_with_the_largest_possible_one(tiny):
+    # every layer keeps one channel (of each head): 2 · (2 + 1) of 2 · (32 + 64) stay, 96.9 % can go
+    model = tiny()
+    with pytest.raises(InputError, match="prune.ratio: 0.98 is more than this model can lose.*take 0.96 or less"):
+        pruning.prune(model, Prune(ratio=0.98, importance="l2"))
+    assert models.widths(model) == model.architecture["widths"] == models.widths(tiny())
+    pruning.prune(model, Prune(ratio=0.96, importance="l2"))
+    assert min(attention.head_dim for attention in models.attentions(model).values()) == 1
+
+
 def test_a_ratio_that_removes_no_channel_is_an_error(tiny):
     with pytest.raises(InputError, match="prune.ratio: 0.001 removes less than one channel"):
         pruning.prune(tiny(), Prune(ratio=0.001, importance="l2"))

@@ -45,7 +45,7 @@ def prune(model: nn.Module, section: Prune) -> dict[str, dict[str, int]]:
         For each pruned module its number of inner channels `before` and `after`.
 
     Raises:
-        InputError: nothing can be removed.
+        InputError: nothing can be removed, or not so much; the model is as it was.
     """
     attentions, mlps = models.attentions(model), models.mlps(model)
     if not attentions and not mlps:
@@ -62,8 +62,6 @@ def prune(model: nn.Module, section: Prune) -> dict[str, dict[str, int]]:
     scores = {name: _attention_scores(graph, attention, importance) for name, attention in attentions.items()}
     scores |= {name: _mlp_scores(graph, mlp, importance) for name, mlp in mlps.items()}
     removed_units = _rank(scores, section.ratio)
-    if not any(removed_units.values()):
-        raise InputError(f"prune.ratio: {section.ratio} removes less than one channel of this model: take a larger one")
     changes = {}
     for name, count in removed_units.items():
         if name in attentions:
@@ -120,6 +118,9 @@ def _rank(scores: dict[str, torch.Tensor], ratio: float) -> dict[str, int]:
     A head dim stands for one channel of every head, with their average score. The least units go first until the
     share of channels is reached; a head dim that would go past it is passed over for the next hidden feature. Every
     module keeps at least one unit.
+
+    Raises:
+        InputError: the ratio asks for less than one unit or for more than all that may go.
     """
     units, total = [], 0
     for name, score in scores.items():
@@ -137,6 +138,12 @@ def _rank(scores: dict[str, torch.Tensor], ratio: float) -> dict[str, int]:
         if channels <= budget:
             removed[name] += 1
             budget -= channels
+    if not any(removed.values()):
+        raise InputError(f"prune.ratio: {ratio} removes less than one channel of this model: take a larger one")
+    removable = sum(channels for _, _, channels in units)
+    if removable < round(ratio * total):
+        raise InputError(f"prune.ratio: {ratio} is more than this model can lose, for every layer keeps a channel (of "
+                         f"each head): take {math.floor(100 * removable / total) / 100} or less")
     return removed
 
 
