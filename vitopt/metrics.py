@@ -156,7 +156,7 @@ def measure(folder: Path, device: torch.device) -> dict:
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": threads, "latency_threads": 1, "precision": "float32", "batch_size": batch_size,
-        "inference": reading,
+        "inference": reading | {"images": images},
     }
 
 
