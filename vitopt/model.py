@@ -5,7 +5,8 @@ Every model of vitopt carries `architecture`, a plain dictionary that says how t
     name      timm's name
     kwargs    timm's keyword arguments, num_classes and in_chans among them
     input     channels, height, width, mean, std, interpolation, crop_pct
-    widths    by module: num_heads and head_dim of an attention, hidden_features of an MLP
+    widths    by module: num_heads, head_dim, v_head_dim of an attention, hidden_features of an MLP
+    removed_blocks  the blocks that pruning removed, if any
     classes   the names of the classes, in the order of the outputs (once they are known)
 """
 
@@ -21,9 +22,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
-from timm.layers import Attention, Mlp, to_2tuple
+from timm.layers import to_2tuple
 from torch import nn
 
+from vitopt import layouts
 from vitopt.recipe import InputError, Model
 
 
@@ -164,43 +166,74 @@ def example_input(model: nn.Module, batch_size: int = 1) -> torch.Tensor:
                        device=next(model.parameters()).device)
 
 
-def attentions(model: nn.Module) -> dict[str, Attention]:
-    """The attentions whose head_dim can change: timm's `Attention` where no norm spans the inner width."""
-    return {
-        name: module for name, module in model.named_modules()
-        if type(module) is Attention and module.gate is None
-        and all(isinstance(norm, nn.Identity) for norm in (module.q_norm, module.k_norm, module.norm))
-    }
+def describe_timm(model: nn.Module, example_inputs: torch.Tensor | None = None) -> None:
+    """Give a model that timm built its `architecture`, as far as timm tells; a model of vitopt has its own.
 
-
-def other_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The attentions that are none of `attentions`: their widths cannot change yet."""
-    known = attentions(model)
-    return {name: module for name, module in model.named_modules()
-            if "Attention" in type(module).__name__ and hasattr(module, "num_heads") and name not in known}
-
-
-def mlps(model: nn.Module) -> dict[str, Mlp]:
-    """The MLPs whose hidden width can change: timm's `Mlp` of two linear layers without a norm between."""
-    return {
-        name: module for name, module in model.named_modules()
-        if type(module) is Mlp and isinstance(module.fc1, nn.Linear) and isinstance(module.norm, nn.Identity)
+    Raises:
+        InputError: this is no model of timm's.
+    """
+    if hasattr(model, "architecture"):
+        return
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not config.get("architecture"):
+        raise InputError(f"{type(model).__name__} is no model of timm's (it has no pretrained_cfg): make it by "
+                         "timm.create_model")
+    channels, height, width = example_inputs.shape[1:] if example_inputs is not None else config["input_size"]
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if example_inputs is None and built_for:
+        height, width = to_2tuple(built_for)
+    model.architecture = {
+        "name": config["architecture"],
+        "kwargs": {"num_classes": model.num_classes, "in_chans": channels},
+        "input": {
+            "channels": channels, "height": height, "width": width,
+            "mean": _per_channel(config["mean"], channels), "std": _per_channel(config["std"], channels),
+            "interpolation": config["interpolation"], "crop_pct": config["crop_pct"],
+        },
+        "widths": widths(model),
     }
 
 
 def widths(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Inner widths by module name, in the order of the model."""
-    found = {name: {"num_heads": attention.num_heads, "head_dim": attention.head_dim}
-             for name, attention in attentions(model).items()}
-    found |= {name: {"hidden_features": mlp.fc1.out_features} for name, mlp in mlps(model).items()}
-    return {name: found[name] for name, _ in model.named_modules() if name in found}
+    """Inner widths by module name, in the order of the model: of attentions num_heads, head_dim (of q and k) and, where
+    it differs, v_head_dim; of MLPs hidden_features."""
+    found = {"": {"embed_dim": model.embed_dim}} if isinstance(getattr(model, "embed_dim", None), int) else {}
+    for name, module in model.named_modules():
+        layout = layouts.find(module)
+        if layout:
+            sizes = layouts.widths(module, layout)
+            width = {field: sizes[letter] for field, letter in WIDTHS.items() if letter in sizes}
+            if width.get("head_dim") == width.get("v_head_dim"):
+                width.pop("v_head_dim", None)
+            found[name] = width
+        elif isinstance(getattr(module, "fc2", None), nn.Linear):
+            found[name] = {"hidden_features": module.fc2.in_features}
+    return found
 
 
-def set_head_dim(attention: Attention, head_dim: int) -> None:
-    """Set what timm's attention reads beside the shapes of its weights."""
-    attention.head_dim = head_dim
-    attention.attn_dim = attention.num_heads * head_dim
-    attention.scale = head_dim ** -0.5
+WIDTHS = {"num_heads": "h", "head_dim": "k", "v_head_dim": "v", "hidden_features": "f"}
+
+
+def set_embed_dim(model: nn.Module, before: int, after: int) -> None:
+    """What timm's columnar models say of their embedding width, beside the shapes of their weights."""
+    for module in model.modules():
+        for name in ("embed_dim", "num_features", "head_hidden_size"):
+            if getattr(module, name, None) == before and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                setattr(module, name, after)
+
+
+class Skip(nn.Module):
+    """Stands where a block was removed: passes on what it is given."""
+
+    def forward(self, x, *args, **kwargs):
+        return x
+
+
+def skip_blocks(model: nn.Module, names: list[str]) -> None:
+    """Put `Skip` in the place of these modules."""
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, Skip())
 
 
 def rebuild(architecture: dict, state_dict: dict[str, torch.Tensor]) -> nn.Module:
@@ -210,18 +243,12 @@ def rebuild(architecture: dict, state_dict: dict[str, torch.Tensor]) -> nn.Modul
         InputError: the weights do not fit the architecture.
     """
     try:
-        model = timm.create_model(architecture["name"], **architecture["kwargs"])
-        for name, width in architecture["widths"].items():
-            module = model.get_submodule(name)
-            if "head_dim" in width:
-                set_head_dim(module, width["head_dim"])
-                _resize(module.qkv, out_features=3 * module.attn_dim)
-                _resize(module.proj, in_features=module.attn_dim)
-            else:
-                _resize(module.fc1, out_features=width["hidden_features"])
-                _resize(module.fc2, in_features=width["hidden_features"])
+        kwargs = {key: _with_numbers(value) for key, value in architecture["kwargs"].items()}
+        model = timm.create_model(architecture["name"], **kwargs)
+        skip_blocks(model, architecture.get("removed_blocks", []))
+        _resize(model, architecture["widths"], {name: tensor.shape for name, tensor in state_dict.items()})
         model.load_state_dict(state_dict)
-    except (RuntimeError, AttributeError, KeyError, TypeError) as error:
+    except (RuntimeError, AttributeError, KeyError, TypeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the weights do not fit the architecture ({reason}): "
                          f"timm {timm.__version__} may differ from the version that saved them") from error
@@ -229,26 +256,80 @@ def rebuild(architecture: dict, state_dict: dict[str, torch.Tensor]) -> nn.Modul
     return model.eval()
 
 
-def _resize(layer: nn.Linear, in_features: int | None = None, out_features: int | None = None) -> None:
-    """Give a linear layer new, empty weights of another width; the caller loads them."""
-    layer.in_features, layer.out_features = in_features or layer.in_features, out_features or layer.out_features
-    layer.weight = nn.Parameter(layer.weight.new_empty(layer.out_features, layer.in_features))
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias.new_empty(layer.out_features))
+def _with_numbers(value):
+    """JSON has no numbers for keys, and timm takes dictionaries of window sizes."""
+    return {int(key) if str(key).isdigit() else key: item for key, item in value.items()} if isinstance(
+        value, dict) else value
 
 
-def save(model: nn.Module, folder: Path) -> None:
+def _resize(model: nn.Module, saved: dict[str, dict[str, int]], shapes: dict[str, torch.Size]) -> None:
+    """Give a new model the widths of a saved one, with empty weights; the caller loads them."""
+    fresh = {name: (layout, layouts.widths(module, layout)) for name, module in model.named_modules()
+             if (layout := layouts.find(module))}
+    resized = False
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in shapes and tensor.shape != shapes[name]:
+            _replace(model, name, tensor.new_empty(shapes[name]))
+            resized = True
+    if not resized:
+        return
+    if "embed_dim" in saved.get("", {}):
+        set_embed_dim(model, model.embed_dim, saved[""]["embed_dim"])
+    for name, (layout, before) in fresh.items():
+        module, after = model.get_submodule(name), dict(before)
+        width = saved.get(name, {})
+        width = {"v_head_dim": width["head_dim"]} | width if "head_dim" in width else width
+        after |= {letter: width[field] for field, letter in WIDTHS.items() if field in width and letter in before}
+        for member in layouts.members(module, layout):  # buffers that are not saved
+            path = ".".join(filter(None, (name, member.path, member.tensor)))
+            if path not in shapes:
+                tensor = getattr(member.owner(module), member.tensor)
+                shape = list(tensor.shape)
+                shape[member.dim] = layouts.length(member.expression, after)
+                _replace(model, path, tensor.new_zeros(shape))
+        layouts.follow(module, before, after)
+
+
+def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, name = name.rpartition(".")
+    owner = model.get_submodule(owner)
+    is_parameter = isinstance(getattr(owner, name), nn.Parameter)
+    setattr(owner, name, nn.Parameter(tensor) if is_parameter else tensor)
+    layouts.fit(owner)
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
     """Write model.safetensors and model.json into a folder.
 
     Raises:
+        InputError: the model cannot be built again from what is known of it.
         OSError: it cannot be written, such as for want of space.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    folder = Path(folder)
+    describe_timm(model)
+    _refuse_unknown_arguments(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    # cloned, for some models hold one tensor under several names and safetensors refuses that
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     try:
         save_file(weights, folder / "model.safetensors")
     except SafetensorError as error:
         raise OSError(None, str(error), str(folder / "model.safetensors")) from error
     (folder / "model.json").write_text(json.dumps(model.architecture, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_unknown_arguments(model: nn.Module) -> None:
+    """timm does not keep the arguments that a model was made with: without them another one would be built."""
+    architecture = model.architecture
+    with torch.device("meta"):
+        again = timm.create_model(architecture["name"], **architecture["kwargs"])
+    skip_blocks(again, architecture.get("removed_blocks", []))
+    ours = {name: tensor.dim() for name, tensor in model.state_dict().items()}
+    theirs = {name: tensor.dim() for name, tensor in again.state_dict().items()}
+    if ours != theirs:
+        name = min(ours.keys() ^ theirs.keys(), default=next(iter(ours)))
+        raise InputError(f"{architecture['name']} was made with arguments that timm does not keep ({name} differs "
+                         "without them): make it by vitopt.create_model with the same arguments")
 
 
 def load(folder: str | Path) -> nn.Module:
