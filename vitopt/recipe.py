@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class InputError(ValueError):
@@ -89,11 +89,55 @@ class Data(Section):
         None, ge=0, description="processes that decode images beside each training process, such as 4")
 
 
+class Target(Section):
+    macs: float | None = Field(None, gt=0, description="multiply-accumulates of one image, or a share such as 0.6")
+    params: float | None = Field(None, gt=0, description="parameters, such as 5.0e+6, or a share such as 0.6")
+    latency_ms: float | None = Field(None, gt=0, description="milliseconds a batch, such as 3.0")
+    batch_size: int = Field(1, ge=1, description="images a batch, for latency_ms")
+
+    @model_validator(mode="after")
+    def _one(self):
+        if sum(value is not None for value in (self.macs, self.params, self.latency_ms)) != 1:
+            raise ValueError("give exactly one of macs, params and latency_ms")
+        return self
+
+
 class Prune(Section):
-    ratio: float = Field(
-        gt=0, lt=1, description="share of the prunable channels removed, between 0 and 1, such as 0.4")
-    importance: Literal["l1", "l2", "taylor"] = Field(
-        "taylor", description="how channels are ranked: taylor (the loss on training images), l1 or l2 (magnitude)")
+    ratio: float | dict[str, float] | None = Field(
+        None, description="share of the prunable channels removed, between 0 and 1, such as 0.4; or one for each axis, "
+                          "such as {heads: 0.25, hidden: 0.5}, or for layers by name, such as {blocks.0.*: 0.1}")
+    target: Target | None = Field(None, description="instead of a ratio, what shall be left, such as {macs: 0.6}")
+    axes: list[Literal["heads", "head_dim", "hidden", "embed", "depth"]] | None = Field(
+        None, description="what may go; without it head dims (or heads, where they go whole) and hidden features")
+    importance: Literal["l1", "l2", "taylor", "hessian", "activation", "gates", "random"] | None = Field(
+        None, description="how channels are ranked: taylor (the loss on training images) where there are images, l2 "
+                          "(magnitude) where there are none")
+    ranking: Literal["global", "local", "isomorphic"] = Field(
+        "global", description="global: all layers together; local: each by itself; isomorphic: those built alike")
+    align: int | None = Field(
+        None, ge=1, description="widths become multiples of it; 1 for none; without it what fast kernels want")
+    steps: int = Field(1, ge=1, description="cuts in which it goes, with training between them, such as 3")
+    step_epochs: int = Field(1, ge=1, description="epochs of training after each of these cuts but the last")
+    repair: bool = Field(
+        False, description="true to solve the layers that read what is left again, by least squares on training images")
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _shares(cls, value):
+        for share in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+                raise ValueError(f"{share!r} is no share between 0 and 1, such as 0.4")
+        return value
+
+    @model_validator(mode="after")
+    def _one_measure(self):
+        if (self.ratio is None) == (self.target is None):
+            raise ValueError("give exactly one of ratio and target")
+        if self.ratio == {}:
+            raise ValueError("ratio: names nothing: give an axis such as hidden: 0.5")
+        if self.steps > 1 and self.target and self.target.latency_ms:
+            raise ValueError("steps: a latency is no share that several cuts can divide: take macs, or one step")
+        return self
 
 
 class Distill(Section):
@@ -150,6 +194,8 @@ class Recipe(Section):
             raise ValueError("begin with exactly one of start (a former run) and model (a new one)")
         if self.distill and not self.train:
             raise ValueError("distill needs a train section: add one")
+        if self.prune and self.prune.steps > 1 and not self.train:
+            raise ValueError("prune.steps needs a train section, for the training between the cuts: add one")
         return self
 
 
@@ -187,6 +233,43 @@ def read(paths: list[str], overrides: list[str]) -> tuple[dict[Path, Recipe], li
         except ValidationError as error:
             problems += [f"{path}: {_explain(problem)}" for problem in error.errors()]
     return recipes, problems
+
+
+def sections(options: list[str]) -> tuple[dict, dict]:
+    """Keyword arguments of a model, and of its pruning, from `key=value` and `prune.key=value`, the values as YAML.
+
+    Raises:
+        InputError: what is no such pair.
+    """
+    model, prune = {}, {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals:
+            raise InputError(f"{option}: is no key=value: write it as img_size=96 or prune.ratio=0.4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"{option}: {text} is not YAML: write key=value, such as prune.ratio=0.4") from None
+        place = model
+        if key.startswith("prune."):
+            place, (*path, key) = prune, key.removeprefix("prune.").split(".")
+            for part in path:
+                place = place.setdefault(part, {})
+        place[key] = value
+    return model, prune
+
+
+def section(kind: type[Section], options: dict[str, Any], place: str) -> Section:
+    """A section of a recipe from keyword arguments.
+
+    Raises:
+        InputError: a keyword or a value that does not exist, each problem as in a recipe.
+    """
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        problems = [problem | {"loc": (place, *problem["loc"])} for problem in error.errors()]
+        raise InputError(*map(_explain, problems)) from None
 
 
 class _StrictLoader(yaml.SafeLoader):
