@@ -6,6 +6,7 @@
 import argparse
 import copy
 import os
+from contextlib import nullcontext
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP threads that wait soon sleep: a busy machine stays usable
 
@@ -51,22 +52,23 @@ def make(row, force):
     tracker = energy.open_tracker(training.local_gpus(accelerator)) if accelerator.is_local_main_process else None
 
     with runs.writing(row.folder, accelerator.is_main_process):
-        numbers, history, used = {}, [], energy.NOTHING
-        if recipe.prune:
-            if recipe.prune.importance == "taylor":
-                training.accumulate_gradients(model, splits, accelerator)
-            numbers["pruned"] = pruning.prune(model, recipe.prune)
-        if recipe.train:
-            teacher = models.load(row.teacher) if row.teacher else None
-            with energy.window(tracker, row.name) as used:
+        numbers, history, cuts = {}, [], []
+        teacher = models.load(row.teacher) if row.teacher else None
+        with energy.window(tracker, row.name) if recipe.train else nullcontext(energy.NOTHING) as used:
+            for cut in pruning.steps(model.to(accelerator.device), recipe.prune):
+                if cuts:
+                    model, _ = training.train(model, training.for_epochs(recipe, cut.step_epochs), splits, accelerator,
+                                              teacher)
+                cuts.append(pruning.prune(model, cut, training.calibration(splits, accelerator)))
+            if recipe.train:
                 model, history = training.train(model, recipe, splits, accelerator, teacher)
-            numbers |= training.chosen_epoch(history)
+                numbers = training.chosen_epoch(history)
         numbers["accuracy"], numbers["test_images"] = training.evaluate(model, splits.test, splits, accelerator)
         if accelerator.is_main_process:
             print(f"  test accuracy {numbers['accuracy']:.2f} %, measuring")
             models.save(model, unfinished)
             numbers |= metrics.measure_apart(unfinished, accelerator.device)
-            runs.write(unfinished, row, numbers, history, used, accelerator.num_processes)
+            runs.write(unfinished, row, numbers, history, cuts, used, accelerator.num_processes)
     accelerator.wait_for_everyone()
 
 
@@ -78,8 +80,8 @@ def dry_run(rows):
             model = models.load(row.start) if runs.is_finished(row.start) else copy.deepcopy(dry[row.start])
         else:
             model = models.build(row.recipe.model, data.num_classes(row.recipe.data))
-        if row.recipe.prune:  # Taylor scores need data: here magnitudes stand in for them
-            pruning.prune(model, row.recipe.prune.model_copy(update={"importance": "l2"}))
+        for cut in pruning.steps(model, row.recipe.prune):  # what needs data is left out: magnitudes rank the channels
+            pruning.prune(model, cut.model_copy(update={"importance": "l2", "repair": False}))
         dry[row.folder] = model
         accelerator.print(metrics.describe(row.name, model))
     accelerator.print("How a pruned row's channels spread over its blocks is a guess: the run ranks them on data.")

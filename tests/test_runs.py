@@ -23,7 +23,7 @@ def finish(tiny):
         with runs.writing(row.folder, True):
             folder = runs.unfinished(row.folder)
             models.save(tiny(**kwargs), folder)
-            runs.write(folder, row, MEASURED | {"inference": energy.NOTHING}, [], energy.NOTHING, 1)
+            runs.write(folder, row, MEASURED | {"inference": energy.NOTHING}, [], [], energy.NOTHING, 1)
     return write
 
 
@@ -54,7 +54,9 @@ def test_a_missing_forerunner_is_named_with_the_recipe_to_run_first(write_recipe
 
 @pytest.mark.parametrize("sections, expected", [
     ({"start": "row"}, "start and teacher go in a circle: row → row"),
-    ({"model": {"name": "resnet18"}, "prune": {"ratio": 0.3}}, "resnet18 has no attention or MLP"),
+    ({"model": {"name": "resnet18"}, "prune": {"ratio": {"heads": 0.3}}}, "prune.axes: heads: resnet18 has no such"),
+    ({"prune": {"ratio": 0.3, "axes": ["hidden", "headz"]}}, "prune.axes.1: 'headz' should be"),
+    ({"prune": {"target": {"macs": -1}}}, "prune.target.macs: -1"),
     ({"train": TRAIN | {"tracker": "tensorbord"}}, "train.tracker: tensorbord is not installed or unknown"),
     ({"train": TRAIN | {"optimizer": "adamv"}}, "train.optimizer: adamv: timm has no such optimizer"),
     ({"train": TRAIN | {"augment": {"auto_augment": "trivial"}}}, "train.augment.auto_augment: trivial"),
@@ -167,8 +169,9 @@ def test_a_kill_between_two_renames_loses_no_run(write_recipe, plan, finish):
 
 
 def test_weights_that_cannot_be_written_are_an_error_of_the_machine_that_names_the_file(tiny, tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(OSError, match="model.safetensors"):
-        models.save(tiny(), tmp_path / "absent")
+        models.save(tiny(), tmp_path)
 
 
 def test_what_a_killed_run_left_is_thrown_away(write_recipe, plan, finish):
@@ -178,3 +181,15 @@ def test_what_a_killed_run_left_is_thrown_away(write_recipe, plan, finish):
     assert not runs.is_finished(row.folder)
     finish(row)
     assert not (row.folder / "rubbish").exists() and not runs.unfinished(row.folder).exists()
+
+
+def test_a_run_of_a_version_that_knew_fewer_keys_is_kept(write_recipe, plan, finish):
+    row, = plan(write_recipe("a", prune={"ratio": 0.3}))
+    finish(row)
+    resolved = yaml.safe_load((row.folder / "recipe.yaml").read_text())
+    del resolved["prune"]["steps"], resolved["prune"]["repair"]
+    (row.folder / "recipe.yaml").write_text(yaml.safe_dump(resolved))
+    assert runs.differences(row) == []
+    resolved["prune"]["repair"] = True
+    (row.folder / "recipe.yaml").write_text(yaml.safe_dump(resolved))
+    assert runs.differences(row) == ["prune.repair: True in the finished run, False in the recipe"]

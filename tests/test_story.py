@@ -25,7 +25,8 @@ TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002}
 RECIPES = {
     "baseline": {"model": MODEL, "train": TRAIN},
     "pruned": {"start": "baseline", "prune": {"ratio": 0.3}},
-    "pruned_kd": {"start": "baseline", "prune": {"ratio": 0.3, "importance": "l2"}, "distill": {"teacher": "baseline"},
+    "pruned_kd": {"start": "baseline", "prune": {"ratio": 0.4, "steps": 2, "repair": True},
+                  "distill": {"teacher": "baseline"},
                   "train": TRAIN | {"tracker": "tensorboard", "ema_decay": 0.9, "augment": {"crop": "pad"}}},
 }
 
@@ -90,6 +91,10 @@ def test_the_pruned_rows_are_smaller_and_load_as_they_were_saved(story):
         model = vitopt.load(run_folder(story, name))
         assert sum(parameter.numel() for parameter in model.parameters()) == metrics["params"]
         assert model(models.example_input(model)).shape == (1, 10)
+        cuts = json.loads((run_folder(story, name) / "pruned.json").read_text())
+        assert len(cuts) == len(metrics["pruned"]) == (2 if name == "pruned_kd" else 1)
+        assert cuts[0]["params"]["before"] == baseline["params"] and cuts[-1]["params"]["after"] == metrics["params"]
+        assert cuts[-1]["axes"]["blocks.0.mlp.hidden"]["after"] == model.blocks[0].mlp.fc1.out_features
 
 
 def test_the_test_accuracy_is_that_of_the_saved_model_over_each_image_once(story):
@@ -121,7 +126,8 @@ def test_a_changed_recipe_is_refused_and_nothing_is_touched(story):
     done = command(sys.executable, *words, "prune.ratio=0.5", cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all("prune.ratio: 0.3 in the finished run, 0.5 in the recipe" in line for line in lines)
+    ratios = ("prune.ratio: 0.4 in the finished run, 0.5", "prune.ratio: 0.3 in the finished run, 0.5")
+    assert len(lines) == 2 and all(ratio in line for ratio, line in zip(ratios, lines))
 
 
 def test_a_mistake_ends_in_one_line_and_exit_code_2(story):

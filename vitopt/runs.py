@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 import yaml
 from accelerate.tracking import get_available_trackers
+from pydantic import ValidationError
 from timm.optim import list_optimizers
 
 from vitopt import data, model as models, pruning
@@ -127,8 +128,13 @@ def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Pat
             if differing := [name for name in ours if ours[name] != theirs[name] and name != "crop_pct"]:
                 problems.append(f"{key}: {folder} takes other images than this row ({', '.join(differing)}): "
                                 "take a teacher of the same img_size and normalisation")
-    if recipe.prune and shape is not None and not models.widths(shape):
-        problems.append(pruning.unprunable(shape))
+    if recipe.prune and shape is not None:
+        try:
+            pruning.find_axes(shape, recipe.prune, models.example_input(shape))
+        except InputError as error:
+            problems += error.problems
+        except NotImplementedError:
+            pass  # a model that cannot run without weights; it is seen when its turn comes
     if recipe.train:
         problems += batch_problems(recipe.train, int(os.environ.get("WORLD_SIZE", 1)))
         if recipe.train.tracker and recipe.train.tracker not in map(str, get_available_trackers()):
@@ -167,6 +173,8 @@ def differences(row: Row) -> list[str]:
         provenance = finished.pop("provenance")
     except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError) as error:
         return [f"recipe.yaml: {' '.join(str(error).split())} where it should hold the recipe and its provenance"]
+    with suppress(ValidationError):  # an older vitopt did not know every default
+        finished = _content(Recipe.model_validate(finished))
     was, now = _flat(finished), _flat(_content(row.recipe))
     lines = [f"{key}: {was.get(key, 'absent')} in the finished run, {now.get(key, 'absent')} in the recipe"
              for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
@@ -217,15 +225,20 @@ def _beside(folder: Path, state: str) -> Path:
     return folder.parent / f".{folder.name}.{state}"
 
 
-def write(folder: Path, row: Row, numbers: dict, history: list[dict], used: dict, num_processes: int) -> None:
+def write(folder: Path, row: Row, numbers: dict, history: list[dict], cuts: list[dict], used: dict,
+          num_processes: int) -> None:
     """Write everything of a run but its model, which `models.save` has written.
 
     Args:
         numbers: of metrics.json, with what `metrics.measure` gives.
         history: a dictionary an epoch, see `training.train`.
+        cuts: what each call of `pruning.prune` returned.
         used: by training, as `energy.window` fills it.
     """
     inference = numbers.pop("inference")
+    if cuts:
+        (folder / "pruned.json").write_text(json.dumps(cuts) + "\n", encoding="utf-8")
+        numbers["pruned"] = [{key: value for key, value in cut.items() if key != "axes"} for cut in cuts]
     numbers |= {"train_seconds": used["seconds"], "train_energy_kwh": used["energy_kwh"],
                 "train_power_source": used["power_source"], "num_processes": num_processes}
     provenance = {

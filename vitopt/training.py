@@ -14,7 +14,6 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from vitopt.data import Splits
 from vitopt.recipe import InputError, Recipe
 
 EVAL_BATCH_SIZE = 256  # at most, over all processes together
-GRADIENT_IMAGES = 1024
+CALIBRATION_IMAGES = 1024
 
 
 def make_accelerator(tracker: str | None = None, folder: Path | None = None) -> Accelerator:
@@ -57,18 +56,10 @@ def local_gpus(accelerator: Accelerator) -> list[int]:
     return list(range(_local_processes())) if accelerator.device.type == "cuda" else []
 
 
-def accumulate_gradients(model: nn.Module, splits: Splits, accelerator: Accelerator) -> None:
-    """Fill `.grad` with the gradient of the mean cross-entropy over up to 1,024 training images.
-
-    Every process does its share and ends with the same gradients, so that all rank channels alike.
-    """
-    images = Subset(splits.calibration, range(min(GRADIENT_IMAGES, len(splits.calibration))))
-    model.to(accelerator.device).eval()
-    for batch, targets in eval_loader(images, splits.workers, accelerator):
-        (F.cross_entropy(model(batch), targets, reduction="sum") / len(images)).backward()
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad = accelerator.reduce(parameter.grad, "sum")
+def calibration(splits: Splits, accelerator: Accelerator):
+    """This process's batches of up to 1,024 training images without augmentation, for what pruning asks of data."""
+    images = Subset(splits.calibration, range(min(CALIBRATION_IMAGES, len(splits.calibration))))
+    return eval_loader(images, splits.workers, accelerator)
 
 
 def evaluate(model: nn.Module, dataset: Dataset, splits: Splits, accelerator: Accelerator) -> tuple[float, int]:
@@ -186,6 +177,11 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
     model.load_state_dict(best)
     accelerator.free_memory()
     return model, history
+
+
+def for_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """The same training for another number of epochs."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": epochs, "tracker": None})})
 
 
 def chosen_epoch(history: list[dict]) -> dict:
