@@ -18,8 +18,9 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from vitopt import energy, model as models
+from vitopt import energy, layouts, model as models
 from vitopt.recipe import InputError
 
 with warnings.catch_warnings():
@@ -62,13 +63,59 @@ def count_macs(model: nn.Module) -> int:
 
     The two products of attention are counted, fused or not. Norms, biases and softmax are not.
     """
+    with torch.no_grad():
+        return int(_analysis(model).total())
+
+
+def macs_of_shapes(model: nn.Module) -> int:
+    """`count_macs` by torch's own counter, which runs on the meta device, without computing anything."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(models.example_input(model))
+    return counter.get_total_flops() // 2
+
+
+def _analysis(model: nn.Module) -> FlopCountAnalysis:
     analysis = FlopCountAnalysis(model.eval(), models.example_input(model))
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
     for operator in ("layer_norm", "group_norm", "batch_norm", "adaptive_avg_pool2d", "upsample_bilinear2d"):
         analysis.set_op_handle(f"aten::{operator}", lambda inputs, outputs: 0)  # None would keep fvcore's own count
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+
+
+def by_part(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Parameters and MACs of attention, MLPs, head, patch embedding (or stem) and the rest, by name of the part.
+
+    The MACs of one image, as `count_macs` counts them; their sum is its number.
+    """
+    analysis = _analysis(model)
+    totals = analysis.by_module()
+    parts = {part: {"params": 0, "macs": 0} for part in ("patch embedding", "attention", "MLP", "head", "other")}
+
+    def descend(name: str, module: nn.Module, part: str) -> None:
+        part = _part(name, module, part)
+        children = [(f"{name}.{path}".strip("."), child) for path, child in module.named_children()]
+        parts[part]["params"] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        parts[part]["macs"] += int(totals.get(name, 0) - sum(totals.get(path, 0) for path, _ in children))
+        for path, child in children:
+            descend(path, child, part)
+
     with torch.no_grad():
-        return int(analysis.total())
+        descend("", model, "other")
+    return parts
+
+
+def _part(name: str, module: nn.Module, outer: str) -> str:
+    """Which part a module belongs to, by timm's names; what is inside a part belongs to it."""
+    if outer != "other":
+        return outer
+    kind, last, first = type(module).__name__, name.rpartition(".")[2], name.partition(".")[0]
+    if layouts.find(module) or "Attention" in kind and "Block" not in kind or "Attn" in kind:
+        return "attention"
+    if last in ("mlp", "ffn") or "Mlp" in kind or "FFN" in kind or "FeedForward" in kind:
+        return "MLP"
+    if first in ("patch_embed", "stem", "embeds"):
+        return "patch embedding"
+    return "head" if name in ("head", "head_dist", "attn_pool", "classifier", "fc") else "other"
 
 
 def _attention_macs(inputs, outputs) -> int:
@@ -81,16 +128,25 @@ def _attention_macs(inputs, outputs) -> int:
     return count
 
 
+@torch.inference_mode()
+def quick_latency_ms(model: nn.Module, batch_size: int) -> float:
+    """Median milliseconds of a batch, over half a second: enough to steer by, not to publish."""
+    batch = models.example_input(model.eval(), batch_size)
+    _run_for(WARMUP_SECONDS / 2, model, batch)
+    seconds = []
+    while len(seconds) < 5 or sum(seconds) < 0.5:
+        start = time.perf_counter()
+        model(batch)
+        _synchronize(batch)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds)
+
+
 def describe(name: str, model: nn.Module) -> str:
     """A model's counts and inner widths, as text."""
     lines = [f"{name}: {model.architecture['name']}, {count_params(model):,} parameters, {count_macs(model):,} MACs"]
     for module, width in model.architecture["widths"].items():
-        if "head_dim" in width:
-            heads, head_dim = width["num_heads"], width["head_dim"]
-            inner = f"{heads} heads x {head_dim} = {heads * head_dim} channels"
-        else:
-            inner = f"{width['hidden_features']} hidden features"
-        lines.append(f"  {module}: {inner}")
+        lines.append(f"  {module or 'all'}: " + ", ".join(f"{field} {size}" for field, size in width.items()))
     return "\n".join(lines)
 
 
