@@ -107,3 +107,11 @@ def test_a_folder_without_runs_and_a_damaged_run_are_clear_errors(folder, tmp_pa
     (folder / "tiny" / "metrics.json").write_text("{")
     with pytest.raises(InputError, match="tiny: this run cannot be read"):
         report.write(folder)
+
+
+def test_a_row_whose_fewer_macs_did_not_make_it_faster_is_warned_of(folder):
+    said = "Warning: tiny has 75 % fewer MACs than baseline and is not faster on one image nor on a batch"
+    assert said in report.write(folder) and said in (folder / "report.md").read_text()
+    path = folder / "tiny" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latency_ms": 1.0, "images_per_second": 9000.0}))
+    assert "Warning" not in report.write(folder)

@@ -143,7 +143,23 @@ def _notes(rows: dict[str, dict]) -> list[str]:
              for text, names in how.items()]
     if any(row["metrics"]["power_source"] == "estimated" for row in rows.values()):
         notes.append("(est.): nothing on the machine measures this power; codecarbon estimates it from the load.")
-    return notes
+    return notes + _no_faster(rows)
+
+
+def _no_faster(rows: dict[str, dict]) -> list[str]:
+    """Warnings of rows whose fewer MACs than the first row's did not make them faster on the same machine."""
+    base, *others = (row["metrics"] for row in rows.values())
+    warnings = []
+    for name, metrics in zip(list(rows)[1:], others):
+        same = metrics["device_name"] == base["device_name"] and metrics["macs"] < base["macs"]
+        slower = [title for title, less in (
+            ("one image", metrics["latency_ms"] >= base["latency_ms"]),
+            ("a batch", metrics["images_per_second"] <= base["images_per_second"])) if less]
+        if same and slower:
+            warnings.append(f"Warning: {name} has {100 * (1 - metrics['macs'] / base['macs']):.0f} % fewer MACs than "
+                            f"{next(iter(rows))} and is not faster on {' nor on '.join(slower)}: align its widths, or "
+                            "measure on a quiet machine.")
+    return warnings
 
 
 def _plot_tradeoff(rows: dict[str, dict], key: str, label: str, scale: float) -> plt.Figure:
