@@ -33,3 +33,10 @@ def test_the_embedding_width_of_columnar_models_is_cut_through_all_their_layers(
     found = compatibility.attempt(model, images, ratio=0.5, axes=["embed"])
     assert found["changes"]["axes"]["embed"] | {"kept": None} == {
         "kind": "embed", "before": 64, "after": 32, "kept": None}
+
+
+def test_a_loaded_model_whose_arguments_hold_a_dictionary_is_saved_again(tmp_path):
+    model, images = compatibility.build(MEMBERS["coat"])
+    compatibility.vitopt.save(model, tmp_path)
+    compatibility.vitopt.save(compatibility.vitopt.load(tmp_path), tmp_path)
+    assert compatibility.torch.equal(compatibility.vitopt.load(tmp_path)(images), model(images))

@@ -243,9 +243,7 @@ def rebuild(architecture: dict, state_dict: dict[str, torch.Tensor]) -> nn.Modul
         InputError: the weights do not fit the architecture.
     """
     try:
-        kwargs = {key: _with_numbers(value) for key, value in architecture["kwargs"].items()}
-        model = timm.create_model(architecture["name"], **kwargs)
-        skip_blocks(model, architecture.get("removed_blocks", []))
+        model = _before_cuts(architecture)
         _resize(model, architecture["widths"], {name: tensor.shape for name, tensor in state_dict.items()})
         model.load_state_dict(state_dict)
     except (RuntimeError, AttributeError, KeyError, TypeError, AssertionError) as error:
@@ -254,6 +252,14 @@ def rebuild(architecture: dict, state_dict: dict[str, torch.Tensor]) -> nn.Modul
                          f"timm {timm.__version__} may differ from the version that saved them") from error
     model.architecture = architecture
     return model.eval()
+
+
+def _before_cuts(architecture: dict) -> nn.Module:
+    """timm's model of an architecture, in its own widths, without the blocks that were removed."""
+    kwargs = {key: _with_numbers(value) for key, value in architecture["kwargs"].items()}
+    model = timm.create_model(architecture["name"], **kwargs)
+    skip_blocks(model, architecture.get("removed_blocks", []))
+    return model
 
 
 def _with_numbers(value):
@@ -322,8 +328,7 @@ def _refuse_unknown_arguments(model: nn.Module) -> None:
     """timm does not keep the arguments that a model was made with: without them another one would be built."""
     architecture = model.architecture
     with torch.device("meta"):
-        again = timm.create_model(architecture["name"], **architecture["kwargs"])
-    skip_blocks(again, architecture.get("removed_blocks", []))
+        again = _before_cuts(architecture)
     ours = {name: tensor.dim() for name, tensor in model.state_dict().items()}
     theirs = {name: tensor.dim() for name, tensor in again.state_dict().items()}
     if ours != theirs:
