@@ -55,7 +55,7 @@ def prune(model: nn.Module, section: Prune, calibration: scoring.Batches | None 
     scores = scoring.scores(model, axes, name, calibration)
     try:
         kept, whole, blocks, gone = _plan(model, section, axes, scores, calibration, inputs, before)
-        after = _counts(_tried(model, axes, kept, gone))
+        after = _measured(model, axes, kept, gone, _counts)
     except InputError:
         if weights is not None:
             model.load_state_dict(weights)
@@ -271,7 +271,7 @@ def _solve(model: nn.Module, section: Prune, axes, scores, blocks, before: dict[
 
     def attempt(ratio):
         kept, gone = _choose(section, axes, scores, blocks, ratio, at_most=True)
-        return measure(_tried(shape, axes, kept, gone)), ratio, kept, gone
+        return _measured(shape, axes, kept, gone, measure), ratio, kept, gone
 
     low, high = 0.0, 0.999
     best = least = attempt(high)
@@ -306,7 +306,7 @@ def _without_weights(model: nn.Module, before: dict[str, int]) -> nn.Module | No
     shape = copy.deepcopy(model).to("meta")
     try:
         return shape if metrics.macs_of_shapes(shape) == before["macs"] else None
-    except (RuntimeError, NotImplementedError, AssertionError):
+    except (RuntimeError, NotImplementedError, AssertionError):  # an operation that the meta device does not have
         return None
 
 
@@ -318,8 +318,8 @@ def _counts(model: nn.Module) -> dict[str, int]:
     return {"params": metrics.count_params(model), "macs": metrics.count_macs(model)}
 
 
-def _tried(model: nn.Module, axes: list[Axis], kept: dict[str, torch.Tensor], gone: list[str]) -> nn.Module:
-    """A copy of the model, cut, so that the model itself stays whole if that fails.
+def _measured(model: nn.Module, axes: list[Axis], kept: dict[str, torch.Tensor], gone: list[str], measure: Callable):
+    """What a copy of the model is once it is cut: the model itself stays whole, also if that fails.
 
     Raises:
         InputError: the model does not run without these channels.
@@ -328,13 +328,11 @@ def _tried(model: nn.Module, axes: list[Axis], kept: dict[str, torch.Tensor], go
     try:
         channels.cut(smaller, axes, kept)
         models.skip_blocks(smaller, gone)
-        with torch.no_grad():
-            smaller(models.example_input(smaller))
+        return measure(smaller)  # counting MACs runs it
     except (RuntimeError, AssertionError, ValueError) as error:
         kinds = ", ".join(sorted({axis.kind for axis in axes if axis.name in kept}))
         raise InputError(f"prune: {model.architecture['name']} does not run with {kinds} cut "
                          f"({' '.join(str(error).split())[:200]}): name other axes") from error
-    return smaller
 
 
 def _change(axis: Axis, kept: dict[str, torch.Tensor]) -> dict:

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vitopt import model as models
 from vitopt.recipe import InputError
 
 
@@ -48,7 +47,7 @@ def _candidates(model: nn.Module):
         in_list = isinstance(module, (nn.Sequential, nn.ModuleList))
         for path, child in module.named_children():
             full = f"{name}.{path}".strip(".")
-            if in_list and "Block" in type(child).__name__ and not isinstance(child, models.Skip):
+            if in_list and "Block" in type(child).__name__:
                 yield full, child
             else:
                 yield from descend(full, child)

@@ -58,14 +58,12 @@ def _order(model: nn.Module, names: list[str], images: torch.Tensor) -> list[str
 
 def _solve_layer(before: nn.Module, layer: nn.Module, original: nn.Module, pruned: nn.Module, images) -> None:
     gram = cross = None
-    tokens = 0
     for batch in images:
         outputs = _tokens(layer, _at(original, before, batch)[1])
         inputs = _tokens(layer, _at(pruned, layer, batch)[0])
         inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
         gram = inputs.T @ inputs + (0 if gram is None else gram)
         cross = inputs.T @ outputs + (0 if cross is None else cross)
-        tokens += len(inputs)
     weight = layer.weight.flatten(1).double()
     bias = layer.bias.double() if layer.bias is not None else weight.new_zeros(len(weight))
     if layer.bias is None:  # there is none to solve for
