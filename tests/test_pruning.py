@@ -239,6 +239,13 @@ def test_widths_are_aligned_for_fast_kernels_unless_told_otherwise(tiny):
     assert any(block.mlp.fc1.out_features % 8 for block in model.blocks)
 
 
+@pytest.mark.parametrize("device, kind, size, step", [
+    ("cpu", "hidden", 3072, 32), ("cuda", "hidden", 3072, 64), ("cuda", "hidden", 512, 32), ("cuda", "head_dim", 64, 8),
+    ("cpu", "hidden", 20, 4), ("cpu", "head_dim", 8, 1), ("cuda", "embed", 1024, 64)])
+def test_without_align_the_device_and_the_width_say_in_what_steps_a_width_goes(device, kind, size, step):
+    assert pruning._step(pruning.Axis("m", kind, "f", size, 1), torch.device(device)) == step
+
+
 def test_repair_brings_the_output_nearer_to_the_originals(tiny):
     errors = {}
     for repair in (False, True):

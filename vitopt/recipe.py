@@ -115,7 +115,7 @@ class Prune(Section):
     ranking: Literal["global", "local", "isomorphic"] = Field(
         "global", description="global: all layers together; local: each by itself; isomorphic: those built alike")
     align: int | None = Field(
-        None, ge=1, description="widths become multiples of it; 1 for none; without it what fast kernels want")
+        None, ge=1, description="widths become multiples of it, such as 64; 1 for none; without it what the device likes")
     steps: int = Field(1, ge=1, description="cuts in which it goes, with training between them, such as 3")
     step_epochs: int = Field(1, ge=1, description="epochs of training after each of these cuts but the last")
     repair: bool = Field(

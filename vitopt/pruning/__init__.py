@@ -143,6 +143,9 @@ def find_axes(model: nn.Module, section: Prune, example_inputs: torch.Tensor) ->
     with_dims = {axis.module for axis in found if axis.kind == HEAD_DIM}
     axes = [axis for axis in found if axis.kind in wanted
             or by_default and (axis.kind != HEADS or axis.module not in with_dims)]
+    device = next(model.parameters()).device
+    for axis in axes:
+        axis.step = 1 if axis.kind == HEADS else section.align or _step(axis, device)
     if not axes and DEPTH not in wanted:
         raise InputError(f"prune: {model.architecture['name']} has no attention, MLP or convolutional block that can "
                          f"be pruned{_reasons(left)}: take a vision transformer")
@@ -170,7 +173,7 @@ def _choose(section: Prune, axes: list[Axis], scores: dict[str, torch.Tensor], b
     kept = {}
     for share, pool in _pools(section, staying, ratio):
         for axis, size in zip(pool, _rank(pool, scores, share, at_most)):
-            kept[axis.name] = strongest(scores[axis.name], _aligned(axis, size, section.align))
+            kept[axis.name] = strongest(scores[axis.name], _aligned(axis, size))
     return kept, gone
 
 
@@ -231,18 +234,24 @@ def _rank(axes: list[Axis], scores: dict[str, torch.Tensor], ratio: float, at_mo
     return list(sizes.values())
 
 
-def _aligned(axis: Axis, size: int, align: int | None) -> int:
-    """The nearest multiple of the alignment, at least one of them, at most what is there.
-
-    Without a number it is 8 for head dims, as every fast attention kernel wants, and for the other widths 8, or 32
-    where they are wide enough not to miss it; layers that are narrow themselves go in finer steps.
-    """
-    if axis.kind == HEADS or size == axis.size:
+def _aligned(axis: Axis, size: int) -> int:
+    """The nearest multiple of the axis's step, at least one of them, at most what is there."""
+    if size == axis.size:
         return size
-    if align is None:
-        steps = {512: 8 if axis.kind == HEAD_DIM else 32, 32: 8, 16: 4, 0: 1}
-        align = next(step for least, step in steps.items() if axis.size >= least)
-    return max(min(align, axis.size), min(axis.size, round(size / align) * align))
+    return max(min(axis.step, axis.size), min(axis.size, round(size / axis.step) * axis.step))
+
+
+def _step(axis: Axis, device: torch.device) -> int:
+    """The multiples that the kernels of a device like.
+
+    Head dims go in 8, as every fast attention kernel wants. Other widths go in 8, and where they are wide enough not to
+    miss it in 32, or on a GPU in 64, the 128 bytes of 16-bit numbers that its matrix units take at once (NVIDIA, Matrix
+    Multiplication Background User's Guide, section 4). Layers that are narrow themselves go in finer steps.
+    """
+    steps = {1024: 64 if device.type == "cuda" else 32, 512: 32, 32: 8, 16: 4, 0: 1}
+    if axis.kind == HEAD_DIM:
+        steps = {32: 8, 16: 4, 0: 1}
+    return next(step for least, step in steps.items() if axis.size >= least)
 
 
 def strongest(score: torch.Tensor, size: int) -> torch.Tensor:

@@ -39,7 +39,8 @@ class Entry:
 class Axis:
     """A width that can be cut. Groups choose their channels apart, but all lose equally many.
 
-    An attention's head_dim has a group for each head's q and k, and one for each head's v: `size` channels each.
+    An attention's head_dim has a group for each head's q and k, and one for each head's v: `size` channels each. What
+    stays of `size` is a multiple of `step`.
     """
 
     module: str
@@ -48,6 +49,7 @@ class Axis:
     size: int
     groups: int
     entries: list[Entry] = field(default_factory=list)
+    step: int = 1
 
     @property
     def name(self) -> str:
