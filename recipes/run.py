@@ -38,7 +38,7 @@ def main():
 def make(row, force):
     """One row: a model, pruned, trained, measured, saved. What its recipe does not name does not happen."""
     recipe, unfinished = row.recipe, runs.unfinished(row.folder)
-    accelerator = training.make_accelerator(recipe.train and recipe.train.tracker, unfinished)
+    accelerator = training.make_accelerator(recipe.train, unfinished)
     if runs.is_finished(row.folder) and not force:
         accelerator.print(f"{row.name}: finished, kept in {row.folder}")
         return
@@ -53,15 +53,17 @@ def make(row, force):
 
     with runs.writing(row.folder, accelerator.is_main_process):
         numbers, history, cuts = {}, [], []
-        teacher = models.load(row.teacher) if row.teacher else None
+        teachers = runs.teachers(row, len(splits.classes))
         with energy.window(tracker, row.name) if recipe.train else nullcontext(energy.NOTHING) as used:
             for cut in pruning.steps(model.to(accelerator.device), recipe.prune):
                 if cuts:
-                    model, _ = training.train(model, training.for_epochs(recipe, cut.step_epochs), splits, accelerator,
-                                              teacher)
+                    between = training.for_epochs(recipe, cut.step_epochs)
+                    model, _ = training.train(model, between, splits, accelerator, teachers,
+                                              runs.kept_of_teacher(row, cuts))
                 cuts.append(pruning.prune(model, cut, training.calibration(splits, accelerator)))
             if recipe.train:
-                model, history = training.train(model, recipe, splits, accelerator, teacher)
+                model, history = training.train(model, recipe, splits, accelerator, teachers,
+                                                runs.kept_of_teacher(row, cuts), row.folder)
                 numbers = training.chosen_epoch(history)
         numbers["accuracy"], numbers["test_images"] = training.evaluate(model, splits.test, splits, accelerator)
         if accelerator.is_main_process:

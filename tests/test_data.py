@@ -62,12 +62,13 @@ def test_a_folder_in_the_place_of_a_known_data_set_is_read_instead_of_a_download
         data.load(Data(name="cifar10", root=str(folder)), COLOUR)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_does_not_decode_is_named_also_from_a_worker(folder, workers):
+@pytest.mark.parametrize("workers, memory", [(0, 0), (1, 0), (0, 10 ** 9)])
+def test_an_image_that_does_not_decode_is_named_also_from_a_worker(folder, monkeypatch, workers, memory):
     broken = folder / "test" / "dog" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    splits = data.load(Data(name="folder", root=str(folder)), COLOUR)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError) as error:  # whether images are decoded once or as they are asked for
+        monkeypatch.setattr(data, "MEMORY_BYTES", memory)
+        splits = data.load(Data(name="folder", root=str(folder)), COLOUR)
         list(DataLoader(splits.test, batch_size=4, num_workers=workers))
     assert error.value.problems[0].splitlines()[-1].endswith("mend or remove it")
     assert f"{broken}: this image does not decode" in error.value.problems[0]

@@ -17,7 +17,7 @@ def run(tiny, tmp_path):
     with torch.no_grad():  # the second block's MLP does nothing: cutting it costs nothing
         model.blocks[1].mlp.fc2.weight.zero_()
     models.save(model, folder)
-    recipe = {"model": {"name": "vit_base_patch16_224"}, "data": {"name": "digits", "limit": 100}}
+    recipe = {"model": {"name": "vit_base_patch16_224"}, "data": {"name": "digits"}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 

@@ -5,7 +5,10 @@ images are taken from the training images, stratified, and are the same for ever
 row is chosen by images on which its ancestor was trained.
 """
 
+import hashlib
+import json
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -18,34 +21,47 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_dataset, create_transform
 from torchvision import transforms
 
+from vitopt import augmentation
 from vitopt.recipe import Augment, Data, InputError
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "mnist": 10, "kmnist": 10, "fashion_mnist": 10}
 SPLIT_SEED = 0
+MEMORY_BYTES = 2 << 30  # so many bytes of decoded images are kept in memory; more stream through workers
 
 
 @dataclass(frozen=True)
 class Splits:
     """Each item is (float tensor of (C, H, W), class index). Only `train` is augmented."""
-    train: torch.utils.data.Dataset
-    calibration: torch.utils.data.Dataset  # the training images as they are, in random order, to rank channels on
-    validation: torch.utils.data.Dataset
-    test: torch.utils.data.Dataset
+    train: "Images"
+    calibration: "Images"  # the training images as they are, in random order, to rank channels on
+    validation: "Images"
+    test: "Images"
     classes: list[str]
     workers: int  # processes that decode images beside each training process
 
 
 class Images(torch.utils.data.Dataset):
-    """The images of `source` at `indices`, in the mode and through the transform given."""
+    """The images of `source` at `indices`, in the mode and through the transform given.
 
-    def __init__(self, source, indices, mode: str, transform: Callable):
-        self.source, self.indices, self.mode, self.transform = source, indices, mode, transform
+    An item is asked for by its position, or by (position, seed): the seed alone then decides what chance does to it.
+    `pixels` holds all of them decoded, uint8 of (N, C, H, W) before any augmentation, where they fit in memory.
+    """
+
+    def __init__(self, source, indices, mode: str, transform: Callable, size: dict):
+        self.source, self.indices, self.mode, self.transform, self.size = source, indices, mode, transform, size
+        self.targets = torch.as_tensor(_targets(source)[indices])
+        self.pixels = None
 
     def __len__(self):
         return len(self.indices)
 
-    def __getitem__(self, index):
-        image, target = self.source[self.indices[index]]
+    def __getitem__(self, key):
+        position, seed = key if isinstance(key, tuple) else (key, None)
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2 ** 32)
+            torch.manual_seed(seed)
+        image, target = self.source[self.indices[position]]
         return self.transform(image.convert(self.mode)), int(target)
 
 
@@ -83,24 +99,83 @@ def load(section: Data, size: dict, augment: Augment = Augment()) -> Splits:
     mode = {1: "L", 3: "RGB"}.get(size["channels"])
     if mode is None:
         raise InputError(f"model.in_chans: {size['channels']}: images have 1 channel or 3: take one of these")
-    plain = create_transform(
-        (size["channels"], size["height"], size["width"]), interpolation=size["interpolation"],
-        mean=size["mean"], std=size["std"], crop_pct=size["crop_pct"])
-    return Splits(
-        train=Images(train, train_indices, mode, _augmenting(size, augment)),
-        calibration=Images(train, train_indices, mode, plain),
-        validation=Images(train, validation_indices, mode, plain),
-        test=Images(test, test_indices, mode, plain),
+    plain = _plain(size)
+    workers = _workers(section)
+    splits = Splits(
+        train=Images(train, train_indices, mode, _augmenting(size, augment), size),
+        calibration=Images(train, train_indices, mode, plain, size),
+        validation=Images(train, validation_indices, mode, plain, size),
+        test=Images(test, test_indices, mode, plain, size),
         classes=[str(name) for name in train.classes],
-        workers=_workers(section),
+        workers=workers,
     )
+    if _fit_in_memory(splits, augment):
+        for part in (splits.calibration, splits.validation, splits.test):
+            part.pixels = _decoded(part, workers)
+        splits.train.pixels = splits.calibration.pixels
+    return splits
+
+
+def _plain(size: dict, **options) -> Callable:
+    """timm's transform for evaluation."""
+    return create_transform(
+        (size["channels"], size["height"], size["width"]), interpolation=size["interpolation"],
+        mean=size["mean"], std=size["std"], crop_pct=size["crop_pct"], **options)
+
+
+def _fit_in_memory(splits: Splits, augment: Augment) -> bool:
+    """Whether to decode all images once: they fit, and their augmentation can start from what is kept of them."""
+    height, width = splits.train.size["height"], splits.train.size["width"]
+    images = len(splits.train) + len(splits.validation) + len(splits.test)
+    size = images * splits.train.size["channels"] * height * width
+    if size > MEMORY_BYTES // local_processes() or not augmentation.can(augment):
+        return False
+    if augment.crop == "resized":  # its boxes want the images in full
+        stored = getattr(splits.train.source, "data", None)
+        return stored is not None and stored.shape[1] <= height and stored.shape[2] <= width
+    return True
+
+
+def _decoded(part: Images, workers: int) -> torch.Tensor:
+    """All images of a part, as evaluation sees them, before they become numbers around zero."""
+    key = hashlib.sha256(json.dumps([fingerprint(part), part.mode, part.size]).encode()).hexdigest()
+    if key not in _DECODED:
+        whole = Images(part.source, part.indices, part.mode, _plain(part.size, use_prefetcher=True), part.size)
+        loader = torch.utils.data.DataLoader(whole, 256, num_workers=workers if len(whole) > 5000 else 0)
+        while len(_DECODED) >= 3:  # the parts of one set of rows
+            del _DECODED[next(iter(_DECODED))]
+        _DECODED[key] = torch.cat([images for images, _ in loader])
+    return _DECODED[key]
+
+
+_DECODED = {}
+
+
+def fingerprint(part: Images) -> str:
+    """A digest of which images a part holds, without decoding them: of files the path, size and time."""
+    digest = hashlib.sha256(np.asarray(part.indices, dtype=np.int64).tobytes())
+    digest.update(part.targets.numpy().tobytes())
+    samples = getattr(part.source, "samples", None)
+    if samples is None:  # held in memory by the source
+        held = getattr(part.source, "data", None)
+        digest.update(np.asarray(held).tobytes() if held is not None else repr(part.source).encode())
+    else:
+        for index in part.indices:
+            state = os.stat(samples[index][0])
+            digest.update(f"{samples[index][0]} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def local_processes() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _workers(section: Data) -> int:
     """The recipe's number, else this process's share of the cores; digits are decoded already and need none."""
     if section.workers is not None or section.name == "digits":
         return section.workers or 0
-    return min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(16, os.cpu_count() // local_processes())
 
 
 def _augmenting(size: dict, augment: Augment) -> Callable:
@@ -111,8 +186,7 @@ def _augmenting(size: dict, augment: Augment) -> Callable:
         mean=size["mean"], std=size["std"], scale=(augment.scale, 1.0), hflip=augment.hflip, color_jitter=None,
         auto_augment=augment.auto_augment, re_prob=augment.random_erasing)
     if augment.crop != "resized":
-        resize = transforms.Resize(max(hw), transforms.InterpolationMode(size["interpolation"]))
-        steps = [resize, transforms.CenterCrop(hw)]  # the aspect ratio stays, as it does in the test
+        *steps, _ = _plain(size, use_prefetcher=True).transforms  # what evaluation does, but for the last: to numbers
         if augment.crop == "pad":
             steps.append(transforms.RandomCrop(hw, padding=augment.padding))
         first = transforms.Compose([*steps, transforms.RandomHorizontalFlip(augment.hflip)])
@@ -125,11 +199,12 @@ def _digits():
     images = (bunch.images * (255 / 16)).round().astype(np.uint8)
     source = _Pairs((Image.fromarray(image), int(target)) for image, target in zip(images, bunch.target))
     source.targets, source.classes = bunch.target.tolist(), [str(name) for name in bunch.target_names]
+    source.data = images
     return source
 
 
 class _Pairs(list):
-    """A list of (image, target) that can carry `targets` and `classes` as torchvision's data sets do."""
+    """A list of (image, target) that can carry `targets`, `classes` and `data` as torchvision's data sets do."""
 
 
 def _torchvision(section: Data, split: str):

@@ -36,22 +36,22 @@ ENERGY_SECONDS = 5.0
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, loader, accelerator) -> tuple[float, int]:
-    """Share of images whose largest logit is their class, over all processes, each image counted once.
+def accuracy(model: nn.Module, batches, accelerator) -> tuple[float, int]:
+    """Share of images whose largest logit is their class, over all processes.
 
     Args:
         model: takes (batch, channels, height, width), gives (batch, classes).
-        loader: prepared by the accelerator, so that gathering drops the images that fill up the last batch.
+        batches: this process's images and class indices, each image on one process alone.
 
     Returns:
         Percent, and the number of images.
     """
     model.eval()
-    hits = []
-    for images, targets in loader:
-        hits.append(accelerator.gather_for_metrics(model(images).argmax(dim=-1) == targets))
-    hits = torch.cat(hits)
-    return 100 * hits.float().mean().item(), len(hits)
+    counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
+    for images, targets in batches:
+        counts += torch.stack([(model(images).argmax(dim=-1) == targets).sum(), counts.new_tensor(len(targets))])
+    hits, images = accelerator.reduce(counts, "sum").tolist()
+    return 100 * hits / images, images
 
 
 def count_params(model: nn.Module) -> int:

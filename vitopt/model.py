@@ -29,18 +29,18 @@ from vitopt import layouts
 from vitopt.recipe import InputError, Model
 
 
-def build(section: Model, num_classes: int, device: str = "cpu") -> nn.Module:
+def build(section: Model, num_classes: int | None, device: str = "cpu") -> nn.Module:
     """Build the model of a recipe's `model` section.
 
     Args:
         section: which timm model, its keyword arguments and its first weights.
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; None for those that the weights have.
         device: "meta" gives the shapes alone, without memory, weights or time.
 
     Raises:
         InputError: the weights cannot be had or do not fit.
     """
-    kwargs = {"in_chans": 3, **section.model_extra, "num_classes": num_classes}
+    kwargs = {"in_chans": 3, **section.model_extra} | ({"num_classes": num_classes} if num_classes else {})
     img_size = kwargs.get("img_size")
     weights = device != "meta" and (section.pretrained or section.checkpoint)
     try:
@@ -53,8 +53,9 @@ def build(section: Model, num_classes: int, device: str = "cpu") -> nn.Module:
                     raise
                 del kwargs["img_size"]  # a model for any size: img_size only says which images it is given
                 model = timm.create_model(section.name, **kwargs | given)
-        if model.num_classes != num_classes:
+        if num_classes and model.num_classes != num_classes:
             model.reset_classifier(num_classes)
+        kwargs["num_classes"] = model.num_classes
     except Exception as error:
         if not weights:
             raise

@@ -115,7 +115,8 @@ class Prune(Section):
     ranking: Literal["global", "local", "isomorphic"] = Field(
         "global", description="global: all layers together; local: each by itself; isomorphic: those built alike")
     align: int | None = Field(
-        None, ge=1, description="widths become multiples of it, such as 64; 1 for none; without it what the device likes")
+        None, ge=1, description="widths become multiples of it, such as 64; 1 for none; without it what the device "
+                                "likes")
     steps: int = Field(1, ge=1, description="cuts in which it goes, with training between them, such as 3")
     step_epochs: int = Field(1, ge=1, description="epochs of training after each of these cuts but the last")
     repair: bool = Field(
@@ -140,11 +141,81 @@ class Prune(Section):
         return self
 
 
-class Distill(Section):
-    teacher: str = Field(description="the row beside this one, or the path of the run folder, that teaches")
+class Teacher(Section):
+    """A run, or a timm model; every other key is a keyword argument of timm's model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    run: str | None = Field(None, description="the row beside this one, or the path of a run folder")
+    name: str | None = Field(None, description="a model name of timm, such as deit3_small_patch16_224")
+    pretrained: bool = Field(False, description="true for timm's weights from the Hugging Face Hub")
+    checkpoint: str | None = Field(None, description="a local .safetensors or .pth file of weights for this model")
+    weight: float = Field(1.0, gt=0, description="its share among several teachers, such as 2.0")
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        if (self.run is None) == (self.name is None):
+            raise ValueError("give exactly one of run (a former run) and name (a model of timm)")
+        more = sorted({*self.model_extra, *(self.model_fields_set & {"pretrained", "checkpoint"})})
+        if self.run and more:
+            raise ValueError(f"a run takes no {', '.join(more)}: its folder says all")
+        if self.name and self.pretrained == bool(self.checkpoint):
+            raise ValueError(f"{self.name} knows nothing yet: give pretrained: true or a checkpoint")
+        return self
+
+    @property
+    def model(self) -> Model:
+        """The section of a timm model."""
+        return Model(name=self.name, pretrained=self.pretrained, checkpoint=self.checkpoint, **self.model_extra)
+
+
+class Logits(Section):
+    loss: Literal["kl", "hard", "dkd", "dist", "standardized"] = Field(
+        "kl", description="kl (Hinton), hard (the teacher's first class, DeiT), dkd, dist or standardized")
     temperature: float = Field(4.0, gt=0, description="softens both outputs, above 0, such as 4.0")
     weight: float = Field(
         0.7, gt=0, le=1, description="the teacher's share of the loss, above 0 and at most 1, such as 0.7")
+
+
+class Layers(Section):
+    layers: dict[str, str] | list[str] | None = Field(
+        None, description="which of the student's layers, such as [blocks.5] or {blocks.5: blocks.11} with the "
+                          "teacher's; without it every block")
+    weight: float = Field(1.0, gt=0, description="what its loss is multiplied by, such as 1.0")
+
+
+class Relations(Section):
+    weight: float = Field(1.0, gt=0, description="what its loss is multiplied by, such as 1.0")
+
+
+class Distill(Section):
+    teacher: list[Teacher] = Field(
+        description="a row beside this one, the path of a run folder, a timm model such as "
+                    "{name: …, pretrained: true}, or a list of such")
+    logits: Logits | None = Field(Logits(), description="what the student learns of the outputs; null for nothing")
+    features: Layers | None = Field(None, description="match what layers give, of the first teacher")
+    attention: Layers | None = Field(None, description="match the attention maps of the first teacher")
+    relations: Relations | None = Field(None, description="match distances and angles between images (RKD)")
+    store: bool = Field(
+        False, description="true to keep the teachers' outputs on disk, so that another student costs none of their "
+                           "time")
+
+    @field_validator("teacher", mode="before", json_schema_input_type=str | Teacher | list[str | Teacher])
+    @classmethod
+    def _as_list(cls, value):
+        teachers = value if isinstance(value, list) else [value]
+        if not teachers:
+            raise ValueError("teacher: names none: give a row, a run folder or a timm model")
+        return [{"run": teacher} if isinstance(teacher, str) else teacher for teacher in teachers]
+
+    @model_validator(mode="after")
+    def _something_to_learn(self):
+        live = [name for name in ("features", "attention", "relations") if getattr(self, name)]
+        if not (self.logits or live):
+            raise ValueError("teaches nothing: give one of logits, features, attention and relations")
+        if self.store and live:
+            raise ValueError(f"store keeps outputs alone, and {live[0]} needs the teacher itself: leave one out")
+        return self
 
 
 class Augment(Section):
@@ -157,6 +228,8 @@ class Augment(Section):
     random_erasing: float = Field(0.0, ge=0, le=1, description="probability, such as 0.25")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup, 0 for none, such as 0.8")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix, 0 for none, such as 1.0")
+    mixup_off_epochs: int = Field(0, ge=0, description="the last epochs, without mixup and CutMix, such as 10")
+    repeats: int = Field(1, ge=1, description="views of one image in a batch (repeated augmentation), such as 3")
 
 
 class Train(Section):
@@ -167,10 +240,16 @@ class Train(Section):
     weight_decay: float = Field(0.05, ge=0, description="such as 0.05")
     warmup_ratio: float = Field(
         0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises, before its cosine")
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="the learning rate of each layer as a share of the next one's, such as 0.75")
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient, such as 1.0")
+    accumulate: int = Field(1, ge=1, description="parts in which a batch is computed, where it does not fit, such as 4")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="such as 0.1")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep an exponential moving average of the weights, such as 0.9998")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="of matrix products; without it bf16 where the machine has it, or what the launcher says")
+    compile: bool = Field(False, description="true for torch.compile")
     augment: Augment = Augment()
     tracker: str | None = Field(None, description="a tracker of accelerate that is installed, such as tensorboard")
 
@@ -286,12 +365,12 @@ class _StrictLoader(yaml.SafeLoader):
 
 def batch_problems(train: Train, num_processes: int) -> list[str]:
     """What is wrong with a batch size over so many processes."""
-    size, share = train.batch_size, train.batch_size // num_processes
-    if size % num_processes:
-        return [f"train.batch_size: {size} does not divide among {num_processes} processes: "
-                f"take a multiple of {num_processes}"]
-    if (train.augment.mixup or train.augment.cutmix) and share % 2:
-        return [f"train.batch_size: {size}: mixup and CutMix pair the {share} images of each process: "
+    size, parts = train.batch_size, num_processes * train.accumulate
+    if size % parts:
+        among = f"{num_processes} processes" + (f" of {train.accumulate} parts each" if train.accumulate > 1 else "")
+        return [f"train.batch_size: {size} does not divide among {among}: take a multiple of {parts}"]
+    if (train.augment.mixup or train.augment.cutmix) and size // num_processes % 2:
+        return [f"train.batch_size: {size}: mixup and CutMix pair the {size // num_processes} images of each process: "
                 f"take a multiple of {2 * num_processes}"]
     return []
 

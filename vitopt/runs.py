@@ -24,19 +24,27 @@ from pydantic import ValidationError
 from timm.optim import list_optimizers
 
 from vitopt import data, model as models, pruning
-from vitopt.recipe import InputError, Recipe, batch_problems, read
+from vitopt.recipe import InputError, Model, Recipe, batch_problems, read
 
 LIBRARIES = ("vitopt", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "codecarbon", "fvcore")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe and where its run folder is; `start` and `teacher` are the folders of the runs it needs."""
+    """A recipe and where its run folder is; `start` and `teachers` are the folders of the runs it needs, and `model`
+    sections of the teachers that are no runs."""
     path: Path
     recipe: Recipe
     folder: Path
     start: Path | None
-    teacher: Path | None
+    teachers: list[Path | Model]
+
+    @property
+    def needs(self) -> dict[str, Path]:
+        """The run folders that this row needs, by key."""
+        start = {"start": self.start} if self.start else {}
+        return start | {_numbered("distill.teacher", number): teacher for number, teacher in enumerate(self.teachers)
+                        if isinstance(teacher, Path)}
 
     @property
     def name(self) -> str:
@@ -65,10 +73,11 @@ def plan(words: list[str]) -> list[Row]:
         if folder in rows:
             problems.append(f"{path}: {rows[folder].path} writes the same run folder {folder}: rename one of them")
             continue
-        rows[folder] = Row(path, recipe, folder, _forerunner(folder, recipe.start),
-                           _forerunner(folder, recipe.distill and recipe.distill.teacher))
+        rows[folder] = Row(path, recipe, folder, _forerunner(folder, recipe.start) if recipe.start else None, [
+            _forerunner(folder, teacher.run) if teacher.run else teacher.model
+            for teacher in (recipe.distill.teacher if recipe.distill else [])])
     try:
-        needs = {row.folder: [other for other in (row.start, row.teacher) if other in rows] for row in rows.values()}
+        needs = {row.folder: [other for other in row.needs.values() if other in rows] for row in rows.values()}
         rows = {folder: rows[folder] for folder in TopologicalSorter(needs).static_order()}
     except CycleError as error:
         names = " → ".join(folder.name for folder in error.args[1])
@@ -86,10 +95,12 @@ def _folder(output: Path, path: Path) -> Path:
     return output / path.resolve().parent.name / path.stem
 
 
-def _forerunner(folder: Path, name: str | None) -> Path | None:
+def _numbered(key: str, number: int) -> str:
+    return f"{key}.{number}" if number else key
+
+
+def _forerunner(folder: Path, name: str) -> Path:
     """The run folder that `start` or `teacher` names: a path, or a row's name beside this one."""
-    if name is None:
-        return None
     return Path(name) if os.sep in name else folder.parent / name
 
 
@@ -111,8 +122,8 @@ def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Pat
         problems += (wrong := models.check(recipe.model))
         if not wrong:
             shape = models.build(recipe.model, num_classes or 2, device="meta")
-    for key, folder in (("start", row.start), ("distill.teacher", row.teacher)):
-        if folder is None or folder in unread:
+    for key, folder in row.needs.items():
+        if folder in unread:
             continue
         try:
             former = shapes[folder] if folder in shapes else _finished_model(row, key, folder)
@@ -123,11 +134,10 @@ def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Pat
         if former is not None and num_classes and models.num_classes(former) != num_classes:
             problems.append(f"{key}: {folder} has {models.num_classes(former)} classes and data {recipe.data.name} has "
                             f"{num_classes}: take a run on the same data")
-        if key == "distill.teacher" and former is not None and shape is not None:
-            theirs, ours = former.architecture["input"], shape.architecture["input"]
-            if differing := [name for name in ours if ours[name] != theirs[name] and name != "crop_pct"]:
-                problems.append(f"{key}: {folder} takes other images than this row ({', '.join(differing)}): "
-                                "take a teacher of the same img_size and normalisation")
+    for number, teacher in enumerate(row.teachers):
+        if isinstance(teacher, Model):
+            problems += [problem.replace("model", _numbered("distill.teacher", number), 1)
+                         for problem in models.check(teacher)]
     if recipe.prune and shape is not None:
         try:
             pruning.find_axes(shape, recipe.prune, models.example_input(shape))
@@ -256,6 +266,59 @@ def write(folder: Path, row: Row, numbers: dict, history: list[dict], cuts: list
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
+def teachers(row: Row, num_classes: int) -> list[torch.nn.Module]:
+    """The teachers of a row, with their weights.
+
+    Raises:
+        InputError: one cannot be had, or speaks of other classes.
+    """
+    found = []
+    for number, teacher in enumerate(row.teachers):
+        if isinstance(teacher, Path):
+            found.append(models.load(teacher))
+            continue
+        key = _numbered("distill.teacher", number)
+        model = models.build(teacher, None)
+        if models.num_classes(model) != num_classes:
+            raise InputError(f"{key}: {teacher.name} has {models.num_classes(model)} classes and the images "
+                             f"{num_classes}: give a checkpoint that was trained on these images")
+        found.append(model)
+    return found
+
+
+def kept_of_teacher(row: Row, cuts: list[dict]) -> dict[str, torch.Tensor]:
+    """Which channels of its first teacher a row's model has kept, by axis; empty where it does not descend from it.
+
+    Args:
+        cuts: what each call of `pruning.prune` returned for this row.
+
+    Returns:
+        By axis of which something went, indices (groups, channels).
+    """
+    kept, folder = {}, row.start
+    teacher = row.teachers[0] if row.teachers else None
+    while True:
+        kept = _composed(reversed(cuts), kept)
+        if folder is None or folder == teacher:
+            return kept if folder is not None else {}
+        try:
+            cuts = json.loads((folder / "pruned.json").read_text()) if (folder / "pruned.json").exists() else []
+            start = yaml.safe_load((folder / "recipe.yaml").read_text()).get("start")
+        except (OSError, ValueError, yaml.YAMLError, AttributeError):
+            return {}
+        folder = _forerunner(folder, start) if start else None
+
+
+def _composed(cuts, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Indices into what was there before these cuts, the latest first, of indices into what they left."""
+    for cut in cuts:
+        for name, axis in cut["axes"].items():
+            if axis.get("kept"):
+                before = torch.tensor(axis["kept"])
+                kept[name] = before.gather(1, kept[name]) if name in kept else before
+    return kept
+
+
 def _content(recipe: Recipe) -> dict:
     """A recipe with every default written out and what is absent left out."""
     return recipe.model_dump(mode="json", exclude={"provenance"}, exclude_none=True)
@@ -263,8 +326,10 @@ def _content(recipe: Recipe) -> dict:
 
 def _forerunners(row: Row) -> dict[str, str]:
     """Which weights a row's start and teacher have now."""
-    files = {f"{key}_sha256": folder / "model.safetensors"
-             for key, folder in (("start", row.start), ("teacher", row.teacher)) if folder is not None}
+    files = {f"{key.removeprefix('distill.')}_sha256": folder / "model.safetensors"
+             for key, folder in row.needs.items()}
+    files |= {f"{_numbered('teacher', number)}_sha256": Path(teacher.checkpoint)
+              for number, teacher in enumerate(row.teachers) if isinstance(teacher, Model) and teacher.checkpoint}
     return {key: hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "absent"
             for key, file in files.items()}
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-import torch
 import yaml
-from torch.utils.data import Subset
 
 from vitopt import data, model as models, pruning, training
 from vitopt.pruning import channels, importance as scoring
@@ -42,16 +40,15 @@ def measure(folder: Path, ratios: list[float], images: int, importance: str, max
     section = next(iter(recipes.values())).data
     accelerator = training.make_accelerator()
     splits = data.load(section, model.architecture["input"], Augment())
-    validation = Subset(splits.validation, range(min(images, len(splits.validation))))
     model.to(accelerator.device)
-    whole, count = training.evaluate(model, validation, splits, accelerator)
+    whole, count = training.evaluate(model, splits.validation, splits, accelerator, images)
     axes, _ = pruning.find_axes(model, Prune(ratio=0.5), models.example_input(model))
     scores = scoring.scores(model, axes, importance, training.calibration(splits, accelerator))
     accuracies = {}
     for axis in axes:
         sizes = {ratio: max(1, round(axis.size * (1 - ratio))) for ratio in ratios}
         accuracies[axis.name] = {
-            ratio: _accuracy_without(model, axes, axis, scores, size, validation, splits, accelerator)
+            ratio: _accuracy_without(model, axes, axis, scores, size, splits, accelerator, images)
             for ratio, size in sizes.items() if size < axis.size}
     table = pd.DataFrame(accuracies).T.reindex(columns=ratios)
     table.index.name, table.columns.name = "axis", "ratio"
@@ -67,15 +64,15 @@ def measure(folder: Path, ratios: list[float], images: int, importance: str, max
     return text + yaml.safe_dump({"prune": {"ratio": proposed}}, sort_keys=False).rstrip()
 
 
-def _accuracy_without(model, axes, axis, scores, size, validation, splits, accelerator) -> float:
+def _accuracy_without(model, axes, axis, scores, size, splits, accelerator, images) -> float:
     smaller = copy.deepcopy(model)
     channels.cut(smaller, axes, {axis.name: pruning.strongest(scores[axis.name], size)})
-    return training.evaluate(smaller, validation, splits, accelerator)[0]
+    return training.evaluate(smaller, splits.validation, splits, accelerator, images)[0]
 
 
 def _plot(loss: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(2 + len(loss.columns), 1 + 0.3 * len(loss)), layout="constrained")
-    picture = axes.imshow(torch.tensor(loss.values), aspect="auto", cmap="Reds", vmin=0)
+    picture = axes.imshow(loss.to_numpy(), aspect="auto", cmap="Reds", vmin=0)
     axes.set_xticks(range(len(loss.columns)), loss.columns)
     axes.set_yticks(range(len(loss)), loss.index)
     for row, (_, values) in enumerate(loss.iterrows()):

@@ -27,7 +27,7 @@ def influence(model: nn.Module, batches, example_inputs: torch.Tensor) -> dict[s
             counts[name] = counts.get(name, 0) + 1
         return hook
 
-    for name, module in _candidates(model):
+    for name, module in blocks(model):
         hooks.append(module.register_forward_hook(record(name)))
     try:
         with torch.no_grad():
@@ -41,7 +41,7 @@ def influence(model: nn.Module, batches, example_inputs: torch.Tensor) -> dict[s
     return {name: value / counts[name] for name, value in found.items()}
 
 
-def _candidates(model: nn.Module):
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The outermost blocks: members of a list or sequence that are called so."""
     def descend(name, module):
         in_list = isinstance(module, (nn.Sequential, nn.ModuleList))

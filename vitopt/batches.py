@@ -1,0 +1,149 @@
+"""Images in batches, on the device of the model.
+
+Small sets live there decoded and are augmented there, a batch at a time; large ones stream through workers. Either way
+a training batch is a function of seed, epoch and step alone: it does not depend on how many processes share it, nor on
+what came before it, so it can be made again.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import Mixup
+from torch.utils.data import DataLoader
+
+from vitopt import augmentation
+from vitopt.data import Images, Splits
+from vitopt.recipe import Train
+
+
+def seed_of(*parts) -> int:
+    """A number of 63 bits that these parts decide, each of its own."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Plain:
+    """This process's share of a part, without augmentation, in order: (images, class indices) a batch."""
+
+    def __init__(self, part: Images, workers: int, accelerator: Accelerator, batch_size: int, limit: int | None = None):
+        self.part, self.device, self.batch_size = part, accelerator.device, batch_size
+        count = min(len(part), limit or len(part))
+        self.positions = list(range(accelerator.process_index, count, accelerator.num_processes))
+        chunks = [self.positions[first:first + batch_size] for first in range(0, len(self.positions), batch_size)]
+        self.chunks = chunks
+        self.loader = None if part.pixels is not None else DataLoader(
+            part, batch_sampler=chunks, num_workers=workers, pin_memory=self.device.type == "cuda")
+
+    def __len__(self):
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.loader is not None:
+            for images, targets in self.loader:
+                yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            return
+        size = self.part.size
+        for chunk in self.chunks:
+            pixels = self.part.pixels[chunk].to(self.device, non_blocking=True)
+            images = augmentation.normalise(pixels, size["mean"], size["std"], (size["height"], size["width"]))
+            yield images, self.part.targets[chunk].to(self.device)
+
+
+@dataclass
+class Batch:
+    """This process's rows of a batch.
+
+    `images` float32 (rows, channels, height, width), `labels` class indices (rows,), `targets` class indices or, where
+    images are mixed, probabilities (rows, classes); `rows` are their places in the batch over all processes.
+    """
+    images: torch.Tensor
+    labels: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+
+    def chunk(self, parts: int) -> list["Batch"]:
+        """So many equal parts, in order."""
+        return [Batch(*fields) for fields in zip(*(field.chunk(parts) for field in (
+            self.images, self.labels, self.targets, self.rows)))]
+
+
+class Augmented:
+    """The training images in random order, augmented: what is left over after the last whole batch waits an epoch."""
+
+    def __init__(self, splits: Splits, section: Train, num_classes: int, seed: int, accelerator: Accelerator):
+        self.part, self.section, self.seed, self.device = splits.train, section, seed, accelerator.device
+        self.rows = rows(section.batch_size, accelerator.process_index, accelerator.num_processes)
+        augment = section.augment
+        self.mix = Mixup(augment.mixup, augment.cutmix, label_smoothing=section.label_smoothing,
+                         num_classes=num_classes) if augment.mixup or augment.cutmix else None
+        if self.part.pixels is not None:
+            self.pixels, self.targets = self.part.pixels.to(self.device), self.part.targets.to(self.device)
+        else:
+            self.keys = []  # batches of the epoch under way; the loader, and its workers, outlive an epoch
+            self.loader = DataLoader(self.part, batch_sampler=self.keys, num_workers=splits.workers,
+                                     persistent_workers=splits.workers > 0, pin_memory=self.device.type == "cuda")
+
+    def __len__(self):
+        return len(self.part) // self.section.batch_size
+
+    def describe(self) -> str:
+        """Where the images are."""
+        if self.part.pixels is None:
+            return f"{len(self.part):,} images, decoded as they are asked for by {self.loader.num_workers} workers"
+        return f"{len(self.part):,} images, decoded in memory ({self.pixels.nbytes / 1e6:.1f} MB on {self.device.type})"
+
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, counted from 1, from a step on, counted from 0."""
+        steps = range(first_step, len(self))
+        order = self._order(number)
+        size = self.section.batch_size
+        own = [order[step * size:(step + 1) * size][self.rows] for step in steps]
+        views = (self._streamed if self.part.pixels is None else self._resident)(number, steps, own)
+        mix = self.mix if number <= self.section.epochs - self.section.augment.mixup_off_epochs else None
+        for (images, labels), step in zip(views, steps):
+            targets = labels
+            if mix:
+                np.random.seed(seed_of(self.seed, number, step) % 2 ** 32)  # timm draws from there
+                images, targets = mix(images, labels)
+            yield Batch(images, labels, targets, self.rows)
+
+    def _order(self, number: int) -> torch.Tensor:
+        repeats = self.section.augment.repeats
+        order = torch.randperm(len(self.part), generator=torch.Generator().manual_seed(seed_of(self.seed, number)))
+        return order.repeat_interleave(repeats)[:len(self.part)]
+
+    def _resident(self, number, steps, own):
+        size, augment = self.part.size, self.section.augment
+        height, width = size["height"], size["width"]
+        for step, positions in zip(steps, own):
+            generator = torch.Generator().manual_seed(seed_of(self.seed, number, step))
+            draws = augmentation.draw(augment, self.section.batch_size, *self.pixels.shape[-2:], generator)
+            draws = {name: drawn[self.rows] for name, drawn in draws.items()}
+            positions = positions.to(self.device)
+            yield augmentation.apply(self.pixels[positions], draws, augment, size["mean"], size["std"],
+                                     (height, width)), self.targets[positions]
+
+    def _streamed(self, number, steps, own):
+        self.keys.clear()
+        for step, positions in zip(steps, own):
+            generator = torch.Generator().manual_seed(seed_of(self.seed, number, step))
+            seeds = torch.randint(2 ** 62, (self.section.batch_size,), generator=generator)[self.rows]
+            self.keys.append(list(zip(positions.tolist(), seeds.tolist())))
+        for images, labels in self.loader:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+def rows(batch_size: int, process: int, processes: int) -> torch.Tensor:
+    """Which rows of a batch a process has.
+
+    Mixing pairs the first row with the last, and so on: both rows of a pair are on one process, in mirrored places, so
+    that images mix as they would in one process.
+    """
+    share = batch_size // processes
+    if share % 2:
+        return torch.arange(process * share, (process + 1) * share)
+    front = torch.arange(process * share // 2, (process + 1) * share // 2)
+    return torch.cat([front, batch_size - 1 - front.flip(0)])
