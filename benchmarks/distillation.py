@@ -1,6 +1,6 @@
 """What each way of listening to a teacher is worth: one student, one budget, several seeds.
 
-    python benchmarks/distillation.py runs/cifar10/baseline data.limit=4000 [--seeds 0 1 2] [--only kl dist]
+    python benchmarks/distillation.py runs/digits/baseline data.limit=200 train.epochs=60 student.patch_size=8
 
 The student is a small ViT, trained anew by every way on the images of the teacher's recipe; only the loss differs. Each
 cell is the mean test accuracy of the epochs that validation chose, with the 95 % interval of Student's t over the
@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from scipy.stats import t as student_t
 
 from vitopt import data, model as models, training
-from vitopt.recipe import Model, Recipe, errors_as_lines, read
+from vitopt.recipe import Model, Recipe, errors_as_lines
 
 WAYS = {
     "no teacher": None,
@@ -41,13 +41,17 @@ def interval(values):
     return student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
-def accuracy(way, teacher, section, student, epochs, seed):
+STUDENT = {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0, "weight_init": "jax"}
+TRAIN = {"epochs": 10, "batch_size": 128, "lr": 1e-3, "warmup_ratio": 0.1, "clip_grad": 1.0,
+         "augment": {"crop": "pad", "hflip": 0.0}}
+
+
+def accuracy(way, teacher, section, student, train, seed):
     name = "deit_tiny_distilled_patch16_224" if "token" in way else "vit_tiny_patch16_224"
     recipe = Recipe.model_validate({
         "model": {"name": name} | student, "data": section, "seed": seed,
         **({"distill": {"teacher": "teacher"} | WAYS[way]} if WAYS[way] else {}),
-        "train": {"epochs": epochs, "batch_size": 128, "lr": 1e-3, "warmup_ratio": 0.1, "clip_grad": 1.0,
-                  "augment": {"crop": "pad", "hflip": 0.5}}})
+        "train": train})
     accelerator = training.make_accelerator(recipe.train)
     set_seed(seed)
     model = models.build(Model(name=name, **student), data.num_classes(recipe.data))
@@ -60,23 +64,26 @@ def accuracy(way, teacher, section, student, epochs, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path, help="a finished run")
-    parser.add_argument("words", nargs="*", metavar="data.key=value")
+    parser.add_argument("words", nargs="*", metavar="data.key=value | student.key=value | train.key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     with errors_as_lines():
-        recipes, _ = read([str(args.teacher / "recipe.yaml")], args.words)
-        section = next(iter(recipes.values())).data.model_dump(exclude_none=True)
         size = models.load(args.teacher).architecture["input"]
-        student = {"img_size": size["height"], "patch_size": size["height"] // 8, "in_chans": size["channels"],
-                   "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
+        student = STUDENT | {"img_size": size["height"], "patch_size": size["height"] // 8,
+                             "in_chans": size["channels"]}
+        section = yaml.safe_load((args.teacher / "recipe.yaml").read_text())["data"]
+        train = dict(TRAIN)
+        for word in args.words:
+            key, _, value = word.partition("=")
+            part, _, key = key.partition(".")
+            {"data": section, "student": student, "train": train}[part][key] = yaml.safe_load(value)
         found = {}
         for seed in args.seeds:
             for way in args.only:
-                found.setdefault(way, []).append(accuracy(way, args.teacher, section, student, args.epochs, seed))
+                found.setdefault(way, []).append(accuracy(way, args.teacher, section, student, train, seed))
                 print(f"seed {seed}, {way}: {found[way][-1]:.2f} %", flush=True)
-    print(f"\n{yaml.safe_dump(student, default_flow_style=True).strip()}, {args.epochs} epochs, seeds {args.seeds}\n")
+    print(f"\nstudent {student}, data {section}, train {train}, seeds {args.seeds}\n")
     print("| | accuracy (%) | more than without a teacher |\n|---|---:|---:|")
     plain = found.get("no teacher")
     for way, values in found.items():

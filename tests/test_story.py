@@ -29,6 +29,7 @@ RECIPES = {
     "pruned_kd": {"start": "baseline", "prune": {"ratio": 0.4, "steps": 2, "repair": True},
                   "distill": {"teacher": "baseline", "features": {}, "attention": {"weight": 0.1}},
                   "train": TRAIN | {"tracker": "tensorboard", "ema_decay": 0.9}},
+    "taught": {"model": MODEL, "distill": {"teacher": ["baseline", "pruned"], "store": True}, "train": TRAIN},
 }
 
 
@@ -44,12 +45,12 @@ def command(*words, cwd, check=True):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """Three rows made by two processes over gloo, given in the wrong order; 301 images do not halve."""
+    """Four rows made by two processes over gloo, given in the wrong order; 301 images do not halve."""
     folder = tmp_path_factory.mktemp("story")
     (folder / "recipes").mkdir()
     for name, recipe in RECIPES.items():
         (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump({"data": {"name": "digits"}} | recipe))
-    paths = [folder / "recipes" / f"{name}.yaml" for name in ("pruned_kd", "pruned", "baseline")]
+    paths = [folder / "recipes" / f"{name}.yaml" for name in ("taught", "pruned_kd", "pruned", "baseline")]
     words = [RUN, *paths, "data.limit=301"]
     printed = command(*LAUNCH, "--num_processes", "2", *words, cwd=folder).stdout
     return folder, words, printed
@@ -118,7 +119,7 @@ def test_finished_rows_are_kept_and_said_so(story):
     folder, words, _ = story
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/recipes/*/metrics.json")}
     printed = command(sys.executable, *words, cwd=folder).stdout
-    assert printed.count("finished, kept in") == 3
+    assert printed.count("finished, kept in") == 4
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("runs/recipes/*/metrics.json")}
 
 
@@ -136,7 +137,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(story):
     done = command(sys.executable, *words, "train.epocs=3", "output=elsewhere", cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout and not (folder / "elsewhere").exists()
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all("train.epocs: unknown key; did you mean epochs?" in line for line in lines)
+    assert len(lines) == 3 and all("train.epocs: unknown key; did you mean epochs?" in line for line in lines)
 
 
 def test_one_and_two_processes_train_alike(story):
@@ -149,6 +150,17 @@ def test_one_and_two_processes_train_alike(story):
     assert one["lr"].tolist() == two["lr"].tolist()
     assert one["loss"].tolist() == pytest.approx(two["loss"].tolist(), rel=1e-5)
     assert one["validation_accuracy"].tolist() == pytest.approx(two["validation_accuracy"].tolist(), abs=3.4)
+
+
+def test_one_process_replays_the_teachers_outputs_that_two_have_stored(story):
+    folder, _, _ = story
+    stored = {file: file.stat().st_mtime_ns for file in folder.glob("runs/recipes/.teacher_logits/*/*")}
+    assert len(stored) == 2
+    two = pd.read_csv(run_folder(story, "taught") / "history.csv")
+    command(sys.executable, RUN, folder / "recipes" / "taught.yaml", "data.limit=301", "--force", cwd=folder)
+    one = pd.read_csv(run_folder(story, "taught") / "history.csv")
+    assert one["loss"].tolist() == pytest.approx(two["loss"].tolist(), rel=1e-5)
+    assert stored == {file: file.stat().st_mtime_ns for file in folder.glob("runs/recipes/.teacher_logits/*/*")}
 
 
 def test_a_run_killed_in_training_leaves_the_former_state_starts_again_and_is_replaced_by_force(story):

@@ -83,6 +83,89 @@ def test_a_loss_that_is_no_number_stops_with_the_cure(tiny, accelerator):
         trained(tiny, accelerator, train=TRAIN | {"lr": 1e30, "warmup_ratio": 0.0, "optimizer": "sgd"})
 
 
+def test_a_loss_beyond_bounds_stops_and_the_best_model_so_far_is_kept(tiny, accelerator, tmp_path):
+    class Late(torch.nn.Module):
+        """A model whose answers grow absurd once it has trained for a while."""
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.architecture, self.steps = model, model.architecture, 0
+
+        def forward(self, images):
+            self.steps += self.training
+            return self.model(images) * (1 if self.steps <= 15 else float(explodes))
+
+        def state_dict(self, *args, **kwargs):
+            return self.model.state_dict(*args, **kwargs)
+
+        def load_state_dict(self, state):
+            return self.model.load_state_dict(state)
+
+    for explodes, said in (("nan", "became nan"), (1e4, "grew from [0-9.]+ to [0-9.e+]+")):
+        recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits", "limit": 200},
+                                        "train": TRAIN | {"epochs": 9}})
+        splits = data.load(recipe.data, tiny().architecture["input"], recipe.train.augment)
+        with pytest.raises(InputError, match=f"the loss {said} in epoch 4: .*kept in .*row.last_good"):
+            training.train(Late(tiny()), recipe, splits, accelerator, beside=tmp_path / "row")
+        kept = models.load(tmp_path / "row.last_good")
+        assert all(value.isfinite().all() for value in kept.state_dict().values())
+
+
+def test_a_batch_computed_in_parts_trains_as_the_whole_does(tiny, accelerator):
+    whole, first, _ = trained(tiny, accelerator, train=TRAIN | {"precision": "fp32"})
+    parts, second, _ = trained(tiny, accelerator, train=TRAIN | {"precision": "fp32", "accumulate": 4})
+    assert [row["loss"] for row in first] == pytest.approx([row["loss"] for row in second], rel=1e-5)
+    for one, other in zip(whole.state_dict().values(), parts.state_dict().values()):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_layer_decay_teaches_the_first_layers_less(tiny, accelerator):
+    def moved(**train):
+        start = tiny()
+        model, _, _ = trained(tiny, accelerator, train=TRAIN | {"weight_decay": 0.0} | train)
+        return [(model.get_submodule(name).weight - start.get_submodule(name).weight).norm().item()
+                for name in ("blocks.0.mlp.fc1", "head")]
+    (first, last), (plain, head) = moved(layer_decay=0.1), moved()
+    assert first < 0.3 * plain and last > 0.5 * head
+
+
+def test_a_compiled_model_trains_as_an_eager_one_and_is_a_plain_model_after(tiny, accelerator):
+    section = {"distill": {"teacher": "t", "features": {}, "attention": {}}}
+    eager, first, _ = trained(tiny, accelerator, [tiny()], train=TRAIN | {"precision": "fp32"}, **section)
+    compiled, second, _ = trained(tiny, accelerator, [tiny()], train=TRAIN | {"precision": "fp32", "compile": True},
+                                  **section)
+    assert [row["loss"] for row in first] == pytest.approx([row["loss"] for row in second], rel=1e-4)
+    assert type(compiled) is type(eager) and list(compiled.state_dict()) == list(eager.state_dict())
+
+
+@pytest.mark.parametrize("said, launched, hardware, expected", [
+    (None, None, True, "bf16"), (None, None, False, "no"), (None, "fp16", True, "fp16"), ("fp32", "bf16", True, "no"),
+    ("bf16", None, False, "bf16"), (None, "no", True, "bf16")])
+def test_precision_is_the_recipes_else_the_launchers_else_the_machines(monkeypatch, said, launched, hardware, expected):
+    monkeypatch.setattr(training, "has_bf16", lambda: hardware)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    section = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits"},
+                                     "train": TRAIN | ({"precision": said} if said else {})}).train
+    assert training.precision(section) == expected and training.precision(None) == "no"
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_matrix_products_are_in_the_recipes_precision_and_weights_stay_in_32_bits(tiny, precision, dtype):
+    seen = set()
+    model = tiny()
+    model.blocks[0].mlp.fc1.register_forward_hook(
+        lambda module, args, output: seen.add((module.training, output.dtype)))
+    recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits", "limit": 200},
+                                    "train": TRAIN | {"precision": precision}})
+    splits = data.load(recipe.data, model.architecture["input"], recipe.train.augment)
+    accelerator = training.make_accelerator(recipe.train)
+    model, _ = training.train(model, recipe, splits, accelerator)
+    assert seen == {(True, dtype), (False, dtype)}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(models.example_input(model)).dtype == torch.float32
+
+
 def test_a_batch_larger_than_the_data_is_refused(tiny, accelerator):
     with pytest.raises(InputError, match="train.batch_size: 1000 is more than the 180 training images"):
         trained(tiny, accelerator, train=TRAIN | {"batch_size": 1000})

@@ -101,7 +101,8 @@ class Teaching:
         self.size = student.architecture["input"]
         self.student = student
         if hasattr(student, "set_distilled_training"):
-            student.set_distilled_training(True)  # in training mode it gives its distillation token's logits too
+            # in training mode it then gives its distillation token's logits too
+            student.set_distilled_training(distill.logits is not None)
         first, both = teachers[0], (student, teachers[0])
         features = _pairs(distill.features, *both, _blocks, "features") if distill.features else {}
         maps = _pairs(distill.attention, *both, _attentions, "attention") if distill.attention else {}
