@@ -31,7 +31,7 @@ def main():
     for row in rows:
         make(row, args.force)
     if training.make_accelerator().is_main_process:
-        for folder in dict.fromkeys(row.folder.parent for row in rows):
+        for folder in dict.fromkeys(row.home.parent for row in rows):
             print(report.write(folder))
 
 
@@ -63,7 +63,7 @@ def make(row, force):
                 cuts.append(pruning.prune(model, cut, training.calibration(splits, accelerator)))
             if recipe.train:
                 model, history = training.train(model, recipe, splits, accelerator, teachers,
-                                                runs.kept_of_teacher(row, cuts), row.folder)
+                                                runs.kept_of_teacher(row, cuts), row.home)
                 numbers = training.chosen_epoch(history)
         numbers["accuracy"], numbers["test_images"] = training.evaluate(model, splits.test, splits, accelerator)
         if accelerator.is_main_process:
@@ -78,14 +78,17 @@ def dry_run(rows):
     """Show what the rows would be, without data or training."""
     accelerator, dry = training.make_accelerator(), {}
     for row in rows:
+        if row.home in dry:  # another seed of a row that was shown
+            dry[row.folder] = dry[row.home]
+            continue
         if row.start:
             model = models.load(row.start) if runs.is_finished(row.start) else copy.deepcopy(dry[row.start])
         else:
             model = models.build(row.recipe.model, data.num_classes(row.recipe.data))
         for cut in pruning.steps(model, row.recipe.prune):  # what needs data is left out: magnitudes rank the channels
             pruning.prune(model, cut.model_copy(update={"importance": "l2", "repair": False}))
-        dry[row.folder] = model
-        accelerator.print(metrics.describe(row.name, model))
+        dry[row.folder] = dry[row.home] = model
+        accelerator.print(metrics.describe(row.home.name, model))
     accelerator.print("How a pruned row's channels spread over its blocks is a guess: the run ranks them on data.")
 
 

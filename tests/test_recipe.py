@@ -32,7 +32,12 @@ def problems_of(write_recipe, *overrides, **sections):
     ({"distill": {"teacher": "baseline"}}, ["distill needs a train section"]),
     ({"model": None}, ["exactly one of start", "model"]),
     ({"model": {"name": "vit", "pretrained": True, "checkpoint": "a.pth"}}, ["model: pretrained and checkpoint"]),
-    ({"seed": -1}, ["seed: -1"]),
+    ({"seed": -1}, ["seed: -1 is no whole number from 0 on: write 0, or [0, 1, 2] for several seeds"]),
+    ({"seed": "0,1"}, ["seed: '0,1' is no whole number", "write 0, or [0, 1, 2]"]),
+    ({"seed": True}, ["seed: True is no whole number"]),
+    ({"seed": []}, ["seed: [] names no seed: write 0, or [0, 1, 2]"]),
+    ({"seed": [0, 1.5]}, ["seed: 1.5 is no whole number"]),
+    ({"seed": [2, 0, 2]}, ["seed: 2 is there twice: keep one"]),
 ])
 def test_a_mistake_is_named_with_file_key_value_and_cure(write_recipe, sections, expected):
     problems = problems_of(write_recipe, **sections)
@@ -98,6 +103,19 @@ def test_the_schema_accepts_every_shipped_recipe_and_refuses_a_typo():
         jsonschema.validate(yaml.safe_load(path.read_text()), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"model": {"name": "x"}, "data": {"name": "digits"}, "trian": {}}, schema)
+
+
+@pytest.mark.parametrize("seed, accepted", [
+    (3, True), ([0], True), ([2, 0, 1], True), ([], False), ([1, 1], False), ([-1], False), ("0", False)])
+def test_the_schema_and_the_reader_agree_on_what_seeds_are(write_recipe, seed, accepted):
+    recipe = {"model": {"name": "x"}, "data": {"name": "digits"}, "seed": seed}
+    assert jsonschema.Draft202012Validator(Recipe.model_json_schema()).is_valid(recipe) == accepted
+    assert (problems_of(write_recipe, seed=seed) == []) == accepted
+
+
+def test_seeds_can_be_given_on_the_command_line(write_recipe):
+    recipes, problems = read([write_recipe("a", seed=7)], ["seed=[0, 1]"])
+    assert not problems and next(iter(recipes.values())).seed == [0, 1]
 
 
 @pytest.mark.parametrize("error, code, line", [

@@ -3,6 +3,7 @@ import re
 
 import pandas as pd
 import pytest
+import scipy.stats
 import yaml
 from PIL import Image
 
@@ -32,6 +33,23 @@ def folder(tmp_path):
         pd.DataFrame(columns).to_csv(run / "history.csv", index=False)
     (tmp_path / "table" / ".other.unfinished").mkdir()
     return tmp_path / "table"
+
+
+@pytest.fixture
+def seeds(folder):
+    """Writes runs of several seeds of a row into the folder, each with what it changes in the metrics."""
+    def write(name, changes, listed=None, **recipe):
+        for seed, change in changes.items():
+            run = folder / name / f"seed_{seed}"
+            run.mkdir(parents=True)
+            (run / "metrics.json").write_text(json.dumps(METRICS | change))
+            provenance = {"seeds": listed or list(changes)}
+            (run / "recipe.yaml").write_text(yaml.safe_dump(
+                {"start": "baseline", "seed": seed, "provenance": provenance} | recipe))
+            (run / "model.json").write_text(json.dumps({"widths": WIDTHS}))
+            columns = {"epoch": [1, 2], "loss": [0.5, 0.1 * seed], "validation_accuracy": [90.0, 90.0 + seed]}
+            pd.DataFrame(columns).to_csv(run / "history.csv", index=False)
+    return write
 
 
 def cells(markdown, title):
@@ -115,3 +133,112 @@ def test_a_row_whose_fewer_macs_did_not_make_it_faster_is_warned_of(folder):
     path = folder / "tiny" / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"latency_ms": 1.0, "images_per_second": 9000.0}))
     assert "Warning" not in report.write(folder)
+
+
+SPREAD = {0: {"accuracy": 96.0, "macs": 2_000_000, "power_w": 10.0, "images_per_second": 1000.0},
+          1: {"accuracy": 97.0, "macs": 2_000_001, "power_w": 20.0, "images_per_second": 2000.0},
+          10: {"accuracy": 98.0, "macs": 2_000_002, "power_w": 30.0, "images_per_second": 3000.0}}
+
+
+def test_seeds_are_one_row_of_means_with_intervals_where_they_differ(folder, seeds):
+    seeds("several", SPREAD)
+    (folder / "several" / "seed_0_old").mkdir()
+    (folder / "several" / "seed_0_old" / "metrics.json").write_text("not a seed")
+    terminal = report.write(folder)
+    _, values = cells((folder / "report.md").read_text(), "# table")
+    assert list(values) == ["baseline", "pruned", "several", "tiny"] and "different recipes" not in terminal
+    half = 4.302653 / 3 ** 0.5  # Student's t of 2 degrees of freedom; the standard deviation is 1, 10 or 1000
+    assert values["several"] == [f"97.00 ± {half:.2f}", "2.00", f"2,000 ± {1000 * half:,.0f}", "0.80", "10.0", "2.00",
+                                 "0.200", f"20.0 ± {10 * half:.1f}", "5.00"]
+    assert values["baseline"] == ["98.00", "2.00", "4,000", "0.80", "10.0", "4.00", "0.200", "30.0", "5.00"]
+    _, changes = cells((folder / "report.md").read_text(), "## Change against baseline")
+    assert changes["several"][0] == f"{100 * (97 / 98 - 1):+.1f} %" and changes["several"][5] == "-50.0 %"
+    for text in (terminal, (folder / "report.md").read_text(), (folder / "report.html").read_text()):
+        assert f"97.00 ± {half:.2f}" in text and "several: mean over 3 seeds (0, 1, 10)." in text
+        assert "±: the 95 % interval of the mean by Student" in text
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [95.3, 95.9, 94.1, 95.0, 97.2]])
+def test_the_interval_is_that_of_the_t_distribution(values):
+    low, high = scipy.stats.t.interval(
+        0.95, len(values) - 1, loc=sum(values) / len(values), scale=scipy.stats.sem(values))
+    assert report.interval(values) == pytest.approx((high - low) / 2)
+
+
+def test_rows_of_different_numbers_of_seeds_stand_in_one_table_and_missing_seeds_are_said(folder, seeds):
+    seeds("several", SPREAD)
+    seeds("two", {4: {}, 3: {"accuracy": 90.0}}, listed=[3, 4, 5, 6])
+    seeds("one", {0: {}}, listed=[0, 1])
+    terminal = report.write(folder)
+    assert ("one: mean over 1 seed (0; missing: 1); several: mean over 3 seeds (0, 1, 10); "
+            "two: mean over 2 seeds (3, 4; missing: 5, 6).") in terminal
+    _, values = cells((folder / "report.md").read_text(), "# table")
+    assert values["one"] == values["baseline"] and values["two"][0] == "94.00 ± 50.82"  # 12.706 · 4
+
+
+def test_a_table_without_lists_of_seeds_says_nothing_of_seeds(folder):
+    terminal = report.write(folder)
+    assert "±" not in terminal + (folder / "report.md").read_text() and "seed" not in terminal
+
+
+def test_the_csv_holds_the_figures_of_every_seed(folder, seeds):
+    seeds("several", SPREAD)
+    report.write(folder)
+    table = pd.read_csv(folder / "report.csv").set_index(["row", "seed"])
+    assert list(table.index) == [("baseline", 0), ("pruned", 0), ("several", 0), ("several", 1), ("several", 10),
+                                 ("tiny", 0)]
+    assert table.loc["several", "accuracy"].tolist() == [96.0, 97.0, 98.0]
+    assert table.loc[("several", 1), "macs"] == 2_000_001
+
+
+def test_the_plots_show_means_with_error_bars_and_a_band_of_the_seeds(folder, seeds):
+    seeds("several", SPREAD)
+    rows = report.read(folder)
+    axes, = report._plot_tradeoff(rows, "images_per_second", "", 1.0).axes
+    bars, = axes.containers  # one row has several seeds
+    (x, y), = [points.get_offsets()[0] for points in axes.collections if points.get_label() == "several"]
+    assert bars.has_xerr and bars.has_yerr and (x, y) == (2000.0, 97.0)
+    (low, high), = [line.get_segments()[0][:, 1] for line in bars[2] if line.get_segments()[0][0, 0] == x]
+    assert (high - low) / 2 == pytest.approx(4.302653 / 3 ** 0.5) and (low + high) / 2 == pytest.approx(97.0)
+    panel = report._plot_history(rows).axes[0]
+    line, = [line for line in panel.lines if line.get_label() == "several"]
+    assert line.get_ydata().tolist() == pytest.approx([90.0, 90 + 11 / 3])
+    band, = panel.collections
+    assert band.get_paths()[0].get_extents().bounds[1::2] == (90.0, 10.0)  # from the lowest seed, so high
+
+
+def test_the_widths_are_means_over_the_seeds(folder, seeds):
+    seeds("several", {0: {}, 1: {}})
+    narrow = {"blocks.0.attn": {"num_heads": 2, "head_dim": 16}, "blocks.0.mlp": {"hidden_features": 64}}
+    (folder / "several" / "seed_1" / "model.json").write_text(json.dumps({"widths": narrow}))
+    heads, hidden = report._plot_widths(report.read(folder)).axes
+    for axes, mean in ((heads, 48), (hidden, 96)):
+        bar, = [bars[0] for bars in axes.containers if bars.get_label() == "several"]
+        assert bar.get_height() == mean
+
+
+def test_a_warning_of_a_row_that_is_no_faster_goes_by_the_means(folder, seeds):
+    fast = {"latency_ms": 1.0, "images_per_second": 9000.0, "macs": 2_000_000}
+    seeds("mostly", {0: fast, 1: fast, 2: {"macs": 2_000_000}})
+    assert "Warning: mostly" not in report.write(folder)
+    seeds("seldom", {0: fast | {"latency_ms": 1.9}, 1: {"macs": 2_000_000, "latency_ms": 2.2}})
+    assert "Warning: seldom has 50 % fewer MACs than baseline and is not faster on one image:" in report.write(folder)
+
+
+def test_what_one_seed_alone_lacks_is_not_hidden_by_the_mean(folder, seeds):
+    seeds("several", {0: {}, 1: {"power_source": "estimated", "power_w": 40.0, "device_name": "another"},
+                      2: {"energy_j_per_1k_images": None}})
+    terminal = report.write(folder)
+    _, values = cells((folder / "report.md").read_text(), "# table")
+    assert values["several"][-2].endswith("(est.)") and values["several"][-1] == "–"
+    assert "several (seed 1): measured on another" in terminal
+    assert "several (seed 0), several (seed 2), tiny: measured on a <fast> machine" in terminal
+
+
+def test_seeds_of_different_recipes_are_warned_of_and_a_folder_of_both_kinds_is_an_error(folder, seeds):
+    seeds("several", {0: {}}, listed=[0, 1], train={"epochs": 1})
+    seeds("several", {1: {}}, listed=[1], train={"epochs": 2})
+    assert "Warning: the seeds of several were made by different recipes" in report.write(folder)
+    seeds("tiny", {0: {}})
+    with pytest.raises(InputError, match="seed_0: lies in a finished run of a single seed: .*--force"):
+        report.write(folder)

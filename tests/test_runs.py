@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from vitopt import energy, model as models, runs
@@ -192,3 +193,119 @@ def test_a_run_of_a_version_that_knew_fewer_keys_is_kept(write_recipe, plan, fin
     resolved["prune"]["repair"] = True
     (row.folder / "recipe.yaml").write_text(yaml.safe_dump(resolved))
     assert runs.differences(row) == ["prune.repair: True in the finished run, False in the recipe"]
+
+
+def test_a_list_of_seeds_makes_a_run_of_each_in_the_order_listed(write_recipe, plan, tmp_path):
+    rows = plan(write_recipe("a", seed=[2, 0]))
+    assert [(row.name, row.recipe.seed) for row in rows] == [("a/seed_2", 2), ("a/seed_0", 0)]
+    assert {row.home for row in rows} == {tmp_path / "out" / "recipes" / "a"}
+    assert [row.folder for row in rows] == [rows[0].home / "seed_2", rows[0].home / "seed_0"]
+    row, = plan(write_recipe("a", seed=2))
+    assert (row.name, row.folder, row.recipe.seed) == ("a", row.home, 2)
+
+
+def test_each_seed_needs_the_equal_seed_of_its_forerunners_and_comes_after_it(write_recipe, plan):
+    rows = plan(write_recipe("b", start="a", distill={"teacher": ["one", "a"]}, train=TRAIN, seed=[0, 1]),
+                write_recipe("a", seed=[0, 1]), write_recipe("one", seed=5))
+    names = [row.name for row in rows]
+    for row in rows[-2:]:
+        assert row.name == f"b/seed_{row.recipe.seed}"
+        equal = row.home.parent / "a" / f"seed_{row.recipe.seed}"
+        assert (row.start, row.teachers) == (equal, [row.home.parent / "one", equal])
+        assert names.index(f"a/seed_{row.recipe.seed}") < names.index(row.name)
+
+
+def test_a_forerunner_that_is_not_given_is_found_on_disk_by_its_seed(write_recipe, plan, finish, tmp_path):
+    for row in plan(write_recipe("a", seed=[0, 1])):
+        finish(row)
+    home = tmp_path / "out" / "recipes" / "a"
+    for start in ("a", str(home)):
+        assert [row.start.name for row in plan(write_recipe("b", start=start, seed=[1, 0]))] == ["seed_1", "seed_0"]
+        row, = plan(write_recipe("b", start=start, seed=1))
+        assert row.start == home / "seed_1"
+    row, = plan(write_recipe("b", start=str(home / "seed_0"), seed=7))
+    assert row.start == home / "seed_0"
+    assert {row.name for row in plan(write_recipe("a", seed=[2]), write_recipe("b", start="a", seed=[0, 2]))} == {
+        "a/seed_2", "b/seed_0", "b/seed_2"}  # one seed finished, one given
+    (home / "seed_0").rename(home / ".seed_0.replaced")  # where a kill between two renames leaves it
+    assert plan(write_recipe("b", start="a", seed=0))[0].start == home / "seed_0"
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("seed", [7, [0, 7]])
+def test_a_seed_that_the_forerunner_lacks_is_named_with_those_it_has(write_recipe, plan, finish, given, seed):
+    base = write_recipe("a", seed=[0, 1])
+    for row in [] if given else plan(base):
+        finish(row)
+    with pytest.raises(InputError) as error:
+        plan(*[base] * given, write_recipe("b", start="a", distill={"teacher": "a"}, train=TRAIN, seed=seed))
+    assert len(error.value.problems) == 2
+    for problem, key in zip(error.value.problems, ("start", "distill.teacher")):
+        assert f"b.yaml: {key}: a has no seed_7, only seed 0, 1: " in problem
+        assert problem.endswith("out/recipes/a/seed_0")
+
+
+def test_what_is_wrong_with_every_seed_is_said_once(write_recipe, plan, finish):
+    finish(plan(write_recipe("c", seed=[0]))[0])
+    with pytest.raises(InputError) as error:
+        plan(write_recipe("a", seed=[0, 1, 2], train=TRAIN | {"optimizer": "adamv"}), write_recipe("c", seed=[-1]),
+             write_recipe("b", start="c", seed=[0, 1]))
+    assert [problem.split(": ")[1] for problem in error.value.problems] == ["seed", "train.optimizer"]
+    with pytest.raises(InputError, match="in a circle: a/seed_3 → a/seed_3"):
+        plan(write_recipe("a", start="a", seed=[3]))
+
+
+def test_finished_seeds_are_kept_when_more_are_added_and_refused_when_the_recipe_changes(write_recipe, plan, finish):
+    for row in plan(write_recipe("a", seed=[0, 1])):
+        finish(row)
+    rows = plan(write_recipe("a", seed=[0, 1, 2]))
+    runs.refuse_changed(rows)
+    assert [runs.is_finished(row.folder) for row in rows] == [True, True, False]
+    content = yaml.safe_load((rows[1].folder / "recipe.yaml").read_text())
+    assert content["seed"] == 1 and content["provenance"]["seeds"] == [0, 1]
+    with pytest.raises(InputError) as error:
+        runs.refuse_changed(plan(write_recipe("a", seed=[0, 1, 2], train=TRAIN)))
+    assert ["seed_0 is finished and differs" in problem for problem in error.value.problems] == [True, False]
+
+
+def test_a_row_of_one_seed_and_of_several_are_never_mixed(write_recipe, plan, finish):
+    single, = plan(write_recipe("a", seed=0))
+    finish(single)
+    (single.folder / "logs").mkdir()
+    several = plan(write_recipe("a", seed=[0, 1]))
+    with pytest.raises(InputError, match="a is finished of a single seed and the recipe lists .*--force") as error:
+        runs.refuse_changed(several)
+    assert len(error.value.problems) == 1
+    with pytest.raises(KeyboardInterrupt), runs.writing(several[0].folder, True):
+        raise KeyboardInterrupt
+    assert runs.is_finished(single.folder) and runs.differences(single) == []  # a failure costs nothing
+    finish(several[0])
+    assert [path.name for path in single.folder.iterdir()] == ["seed_0"]
+    finish(several[1])
+    runs.refuse_changed(several)
+    with pytest.raises(InputError, match="finished of several seeds and the recipe names a single one: .*--force"):
+        runs.refuse_changed([single])
+    finish(single)
+    assert runs.is_finished(single.folder) and not list(single.folder.glob("*seed*"))
+    runs.refuse_changed([single])
+
+
+def test_a_seed_that_is_written_removes_nothing_from_a_folder_that_is_no_run(write_recipe, plan, finish):
+    row, = plan(write_recipe("a", seed=[0]))
+    row.home.mkdir(parents=True)
+    (row.home / "notes.txt").write_text("mine")
+    finish(row)
+    assert (row.home / "notes.txt").read_text() == "mine"
+
+
+def test_which_channels_of_its_teacher_a_row_kept_is_followed_seed_by_seed(write_recipe, plan, finish):
+    recipes = [write_recipe("a", seed=[0, 1]), write_recipe("b", start="a", seed=[0, 1]),
+               write_recipe("c", start="b", distill={"teacher": "a"}, train=TRAIN, seed=[0, 1])]
+    rows = plan(*recipes)
+    for row in rows:
+        finish(row)
+        if row.home.name == "b":
+            axes = {"hidden": {"kept": [[row.recipe.seed, 5]]}}
+            (row.folder / "pruned.json").write_text(json.dumps([{"axes": axes}]))
+    for row in rows[-2:]:
+        assert torch.equal(runs.kept_of_teacher(row, [])["hidden"], torch.tensor([[row.recipe.seed, 5]]))

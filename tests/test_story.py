@@ -1,7 +1,9 @@
 """The way of a user, end to end: recipes/run.py and the vitopt command in processes of their own."""
 
+import hashlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 import yaml
 
 import vitopt
-from vitopt import model as models
+from vitopt import energy, metrics, model as models
 
 ROOT = Path(__file__).parent.parent
 RUN = str(ROOT / "recipes" / "run.py")
@@ -221,3 +223,40 @@ def test_the_vitopt_command_reports_and_gives_the_schema(story):
     assert "prune" in schema["properties"]
     done = command("vitopt", "report", "nowhere", cwd=folder, check=False)
     assert done.returncode == 2 and done.stdout.startswith("error: nowhere: holds no finished run")
+
+
+def test_two_seeds_are_two_runs_a_row_and_one_row_of_the_table(tmp_path, monkeypatch, capsys):
+    """In this process and with invented measurements, which would take most of the time."""
+    measured = {"images_per_second": 1.0, "model_size_mb": 1.0, "peak_memory_mb": 1.0, "macs": 1,
+                "params": 1, "power_w": 1.0, "energy_j_per_1k_images": 1.0, "power_source": "measured", "threads": 1,
+                "device": "cpu", "device_name": "a machine", "precision": "float32", "batch_size": 64}
+    monkeypatch.setattr(metrics, "measure_apart", lambda folder, _: measured | {
+        "inference": energy.NOTHING, "latency_ms": 3.0 if folder.name == ".seed_1.unfinished" else 1.0})
+    monkeypatch.chdir(tmp_path)
+    pruned = {"start": "baseline", "prune": {"ratio": 0.3, "importance": "l2"}, "train": TRAIN | {"epochs": 1},
+              "distill": {"teacher": "baseline", "store": True}}
+    for name, recipe in {"pruned": pruned, "baseline": {"model": MODEL, "train": TRAIN}}.items():
+        content = {"data": {"name": "digits", "limit": 301}, "seed": [0, 1]} | recipe
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["run.py", "pruned.yaml", "baseline.yaml", *words])
+        runpy.run_path(RUN, run_name="__main__")
+        return capsys.readouterr().out
+
+    dry = run("--dry-run")
+    assert [dry.count(f"{name}: vit_base") for name in RECIPES] == [1, 1, 0] and not Path("runs").exists()
+    printed = run()
+    table = Path("runs") / tmp_path.name
+    found = pd.read_csv(table / "report.csv")
+    assert list(zip(found["row"], found["seed"])) == [("baseline", 0), ("baseline", 1), ("pruned", 0), ("pruned", 1)]
+    assert printed.count("2.00 ± 12.71") == 2  # Student's t of 1 degree of freedom
+    assert "baseline, pruned: mean over 2 seeds (0, 1)." in printed
+    assert len(list((table / ".teacher_logits").iterdir())) == 2  # where another row finds them
+    weights = [vitopt.load(table / "baseline" / f"seed_{seed}").state_dict()["norm.weight"] for seed in (0, 1)]
+    assert not torch.equal(*weights)
+    for seed in (0, 1):
+        content = yaml.safe_load((table / "pruned" / f"seed_{seed}" / "recipe.yaml").read_text())
+        sha256 = hashlib.sha256((table / "baseline" / f"seed_{seed}" / "model.safetensors").read_bytes()).hexdigest()
+        assert content["provenance"]["start_sha256"] == content["provenance"]["teacher_sha256"] == sha256
+    assert run().count("finished, kept in") == 4

@@ -12,7 +12,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -254,6 +254,10 @@ class Train(Section):
     tracker: str | None = Field(None, description="a tracker of accelerate that is installed, such as tensorboard")
 
 
+Seed = Annotated[int, Field(ge=0)]
+Seeds = Annotated[list[Seed], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
+
+
 class Recipe(Section):
     """One row of the table."""
 
@@ -264,8 +268,21 @@ class Recipe(Section):
     prune: Prune | None = Field(None, description="what is cut before training")
     distill: Distill | None = Field(None, description="who teaches")
     train: Train | None = Field(None, description="how long and how it trains")
-    seed: int = Field(0, ge=0, description="a whole number")
+    seed: Seed | Seeds = Field(0, description="a whole number, or several for a mean and its interval: [0, 1, 2]")
     provenance: dict[str, Any] | None = Field(None, description="written by a run; not read")
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _whole_numbers(cls, value):
+        seeds = value if isinstance(value, list) else [value]
+        for position, seed in enumerate(seeds):
+            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise ValueError(f"{seed!r} is no whole number from 0 on: write 0, or [0, 1, 2] for several seeds")
+            if seed in seeds[:position]:
+                raise ValueError(f"{seed} is there twice: keep one, each seed is one run")
+        if not seeds:
+            raise ValueError("[] names no seed: write 0, or [0, 1, 2] for several seeds")
+        return value
 
     @model_validator(mode="after")
     def _sections_fit(self):

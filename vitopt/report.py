@@ -2,6 +2,8 @@
 
 import base64
 import json
+import statistics
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -9,8 +11,10 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import yaml
+from pydantic import ValidationError
+from scipy.stats import t as student_t
 
-from vitopt.recipe import InputError
+from vitopt.recipe import InputError, Recipe
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -37,6 +41,8 @@ COLUMNS = [
     Column("power_w", "Power (W)", 1, from_power=True),
     Column("energy_j_per_1k_images", "Energy (J/1000 images)", 2, from_power=True),
 ]
+INTERVALS = ("±: the 95 % interval of the mean by Student's t, and so the bars in the plots; the bands of the learning "
+             "curves reach from the lowest to the highest seed.")
 
 
 def write(folder: str | Path) -> str:
@@ -62,8 +68,8 @@ def write(folder: str | Path) -> str:
         plt.close(figure)
     titles = {name: title for name, (title, _) in plots.items()}
     values, changes, notes = _values(rows), _changes(rows), _notes(rows)
-    pd.DataFrame([row["metrics"] for row in rows.values()], index=pd.Index(rows, name="row")).to_csv(
-        folder / "report.csv")
+    pd.DataFrame([{"row": name, "seed": seed} | run["metrics"] for name, row in rows.items()
+                  for seed, run in row["runs"].items()]).to_csv(folder / "report.csv", index=False)
     (folder / "report.md").write_text(_markdown(folder.name, values, changes, notes, titles), encoding="utf-8")
     (folder / "report.html").write_text(_page(folder, values, changes, notes, titles), encoding="utf-8")
     with pd.option_context("display.width", None, "display.max_columns", None):
@@ -74,15 +80,18 @@ def write(folder: str | Path) -> str:
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """All finished runs in a folder by row name, each with `metrics`, `recipe`, `model` and `history`.
+    """All finished runs in a folder by row name, each with `metrics`, their means where there are several seeds, and
+    `runs`: by seed its `metrics`, `recipe`, `model` and `history`. `several` says whether its recipe lists seeds.
 
     The row named baseline comes first, then those that begin with a model and have no teacher, then by name.
     """
     rows = {}
-    for metrics in sorted(folder.glob("[!.]*/metrics.json")):
+    seeds = [path for path in folder.glob("[!.]*/seed_*/metrics.json")
+             if path.parent.name.removeprefix("seed_").isdigit()]
+    for metrics in sorted([*folder.glob("[!.]*/metrics.json"), *seeds]):
         run = metrics.parent
         try:
-            rows[run.name] = {
+            content = {
                 "metrics": json.loads(metrics.read_text(encoding="utf-8")),
                 "recipe": yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")),
                 "model": json.loads((run / "model.json").read_text(encoding="utf-8")),
@@ -90,24 +99,58 @@ def read(folder: Path) -> dict[str, dict]:
             }
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{run}: this run cannot be read ({error}): make it again with --force") from error
+        several = run.parent != folder
+        row = rows.setdefault(run.parent.name if several else run.name, {"runs": {}, "several": several})
+        if row["several"] != several:
+            raise InputError(f"{run}: lies in a finished run of a single seed: make the row again with --force")
+        row["runs"][content["recipe"].get("seed", 0)] = content
+    for row in rows.values():
+        row["runs"] = dict(sorted(row["runs"].items()))
+        row["metrics"] = _means([run["metrics"] for run in row["runs"].values()])
     if not rows:
         raise InputError(f"{folder}: holds no finished run: give the folder that holds the run folders, "
                          "such as runs/digits")
 
     def place(name):
-        recipe = rows[name]["recipe"]
+        recipe = next(iter(rows[name]["runs"].values()))["recipe"]
         return name != "baseline", "start" in recipe or "distill" in recipe, name
     return {name: rows[name] for name in sorted(rows, key=place)}
 
 
+def interval(values: list[float]) -> float:
+    """Half the width of the 95 % interval of the mean, by Student's t; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    return student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def _means(metrics: list[dict]) -> dict:
+    """The means over runs of what the table shows; None where a run does not know. Anything else is the first run's."""
+    means = dict(metrics[0])
+    for column in COLUMNS:
+        values = [run[column.key] for run in metrics]
+        means[column.key] = None if None in values else statistics.fmean(values)
+    unsure = [run["power_source"] for run in metrics if run["power_source"] != "measured"]
+    return means | {"power_source": unsure[0] if unsure else "measured"}
+
+
+def _each(row: dict, key: str) -> list[float]:
+    return [run["metrics"][key] for run in row["runs"].values()]
+
+
 def _values(rows: dict[str, dict]) -> pd.DataFrame:
     """The metrics of each row as text; what nothing on the machine measured says so in its cell."""
-    def cell(metrics, column):
-        value = metrics[column.key]
-        if value is None:
+    def cell(row, column):
+        mean = row["metrics"][column.key]
+        if mean is None:
             return "–"
-        text = f"{value * column.scale:,.{column.digits}f}"
-        return f"{text} (est.)" if column.from_power and metrics["power_source"] != "measured" else text
+
+        def text(value):
+            return f"{value * column.scale:,.{column.digits}f}"
+        values = _each(row, column.key)
+        differ = len(set(map(text, values))) > 1
+        shown = f"{text(mean)} ± {text(interval(values))}" if differ else text(mean)
+        return f"{shown} (est.)" if column.from_power and row["metrics"]["power_source"] != "measured" else shown
     return _table(rows, cell)
 
 
@@ -115,7 +158,8 @@ def _changes(rows: dict[str, dict]) -> pd.DataFrame:
     """The change of each metric against the first row, in percent of the first row's."""
     base = next(iter(rows.values()))["metrics"]
 
-    def cell(metrics, column):
+    def cell(row, column):
+        metrics = row["metrics"]
         value, reference = metrics[column.key], base[column.key]
         if value is None or not reference:
             return "–"
@@ -126,7 +170,7 @@ def _changes(rows: dict[str, dict]) -> pd.DataFrame:
 
 
 def _table(rows: dict[str, dict], cell) -> pd.DataFrame:
-    return pd.DataFrame({column.title: [cell(row["metrics"], column) for row in rows.values()] for column in COLUMNS},
+    return pd.DataFrame({column.title: [cell(row, column) for row in rows.values()] for column in COLUMNS},
                         index=pd.Index(rows, name="Row"))
 
 
@@ -134,16 +178,46 @@ def _notes(rows: dict[str, dict]) -> list[str]:
     """How the numbers were measured, and on what."""
     how = {}
     for name, row in rows.items():
-        metrics = row["metrics"]
-        text = (f"{metrics['device_name']}, {metrics['precision']}, eager; latency of one image on one CPU thread; "
-                f"speed, memory, power and energy at batch size {metrics['batch_size']} on "
-                f"{metrics['threads']} CPU threads; accuracy on {metrics['test_images']} test images")
-        how.setdefault(text, []).append(name)
+        said = {}
+        for seed, run in row["runs"].items():
+            metrics = run["metrics"]
+            text = (f"{metrics['device_name']}, {metrics['precision']}, eager; latency of one image on one CPU thread; "
+                    f"speed, memory, power and energy at batch size {metrics['batch_size']} on "
+                    f"{metrics['threads']} CPU threads; accuracy on {metrics['test_images']} test images")
+            said.setdefault(text, []).append(f"{name} (seed {seed})")
+        for text, names in said.items():
+            how.setdefault(text, []).extend([name] if len(said) == 1 else names)
     notes = [f"Measured on {text}." if len(how) == 1 else f"{', '.join(names)}: measured on {text}."
              for text, names in how.items()]
     if any(row["metrics"]["power_source"] == "estimated" for row in rows.values()):
         notes.append("(est.): nothing on the machine measures this power; codecarbon estimates it from the load.")
-    return notes + _no_faster(rows)
+    return notes + _seed_notes(rows) + _no_faster(rows)
+
+
+def _seed_notes(rows: dict[str, dict]) -> list[str]:
+    """Over which seeds the rows are means, which seeds are missing, and where more differs than the seed."""
+    notes, over, intervals = [], {}, False
+    for name, row in rows.items():
+        if not row["several"]:
+            continue
+        recipes = {seed: run["recipe"] for seed, run in row["runs"].items()}
+        wanted = {seed for recipe in recipes.values() for seed in (recipe.get("provenance") or {}).get("seeds", [])}
+        missing = ", ".join(map(str, sorted(wanted - recipes.keys())))
+        seeds = f"{len(recipes)} seeds" if len(recipes) > 1 else "1 seed"
+        over.setdefault(f"{seeds} ({', '.join(map(str, recipes))}" + (f"; missing: {missing})" if missing else ")"),
+                        []).append(name)
+        intervals = intervals or len(recipes) > 1
+        if len({json.dumps(_but_seed(recipe), sort_keys=True, default=str) for recipe in recipes.values()}) > 1:
+            notes.append(f"Warning: the seeds of {name} were made by different recipes: make them again with --force.")
+    means = "; ".join(f"{', '.join(names)}: mean over {seeds}" for seeds, names in over.items())
+    return ([f"{means}."] if over else []) + ([INTERVALS] if intervals else []) + notes
+
+
+def _but_seed(recipe: dict) -> dict:
+    content = recipe | {"seed": 0, "provenance": None}
+    with suppress(ValidationError):  # writes out the defaults that an older vitopt did not know
+        return Recipe.model_validate(content).model_dump()
+    return content
 
 
 def _no_faster(rows: dict[str, dict]) -> list[str]:
@@ -164,8 +238,12 @@ def _no_faster(rows: dict[str, dict]) -> list[str]:
 
 def _plot_tradeoff(rows: dict[str, dict], key: str, label: str, scale: float) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, row in rows.items():
-        axes.scatter(row["metrics"][key] * scale, row["metrics"]["accuracy"], s=70, label=name)
+    for position, (name, row) in enumerate(rows.items()):
+        x, y = row["metrics"][key] * scale, row["metrics"]["accuracy"]
+        axes.scatter(x, y, s=70, label=name, color=f"C{position}")
+        if len(row["runs"]) > 1:
+            axes.errorbar(x, y, interval(_each(row, "accuracy")), interval(_each(row, key)) * scale, fmt="none",
+                          capsize=3, color=f"C{position}")
     axes.set(xlabel=label, ylabel="Test accuracy (%)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
@@ -178,8 +256,9 @@ def _plot_widths(rows: dict[str, dict]) -> plt.Figure:
             (panels[0], "head_dim", "Attention: num_heads × head_dim"),
             (panels[1], "hidden_features", "MLP: hidden features")):
         for position, (name, row) in enumerate(rows.items()):
-            widths = [width.get("num_heads", 1) * width[kind] for width in row["model"]["widths"].values()
-                      if kind in width]
+            widths = pd.DataFrame([
+                [width.get("num_heads", 1) * width[kind] for width in run["model"]["widths"].values() if kind in width]
+                for run in row["runs"].values()]).mean()
             offset = (position - (len(rows) - 1) / 2) * 0.8 / len(rows)
             axes.bar([block + offset for block in range(len(widths))], widths, 0.8 / len(rows), color=f"C{position}",
                      label=name)
@@ -194,10 +273,12 @@ def _plot_history(rows: dict[str, dict]) -> plt.Figure:
     for axes, key, title in (
             (panels[0], "validation_accuracy", "Validation accuracy (%)"), (panels[1], "loss", "Training loss")):
         for position, (name, row) in enumerate(rows.items()):
-            history = row["history"]
-            if len(history):
-                axes.plot(history["epoch"], history[key], marker="." if len(history) < 40 else None,
-                          color=f"C{position}", label=name)
+            seeds = pd.concat([run["history"] for run in row["runs"].values()]).groupby("epoch")[key]
+            mean, color = seeds.mean(), f"C{position}"
+            if len(mean):
+                axes.plot(mean.index, mean, marker="." if len(mean) < 40 else None, color=color, label=name)
+            if len(row["runs"]) > 1:
+                axes.fill_between(mean.index, seeds.min(), seeds.max(), color=color, alpha=0.2, linewidth=0)
         axes.set(xlabel="Epoch", ylabel=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

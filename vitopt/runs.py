@@ -2,13 +2,14 @@
 
 A run folder holds model.safetensors and model.json, recipe.yaml (as resolved, with `provenance`), metrics.json,
 history.csv and energy.csv. It is written beside its place and renamed, so that a kill leaves the former state or the
-new one.
+new one. A row of several seeds has a run folder for each, <row>/seed_<seed>.
 """
 
 import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ LIBRARIES = ("vitopt", "torch", "torchvision", "timm", "torch-pruning", "acceler
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe and where its run folder is; `start` and `teachers` are the folders of the runs it needs, and `model`
-    sections of the teachers that are no runs."""
+    """A recipe for one seed and where its run folder is; `start` and `teachers` are the folders of the runs it needs,
+    and `model` sections of the teachers that are no runs. `seeds` are all that its file lists, none where it gives a
+    single one."""
     path: Path
     recipe: Recipe
     folder: Path
     start: Path | None
     teachers: list[Path | Model]
+    seeds: list[int]
 
     @property
     def needs(self) -> dict[str, Path]:
@@ -47,8 +50,13 @@ class Row:
                         if isinstance(teacher, Path)}
 
     @property
+    def home(self) -> Path:
+        """The folder of the row with all its seeds; the run folder itself where there is a single one."""
+        return self.folder.parent if self.seeds else self.folder
+
+    @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.relative_to(self.home.parent).as_posix()
 
 
 def plan(words: list[str]) -> list[Row]:
@@ -68,26 +76,27 @@ def plan(words: list[str]) -> list[Row]:
     if not paths:
         problems.append("no recipe is given: name YAML files, such as recipes/digits/*.yaml")
     rows, unread = {}, {_folder(output, path) for path in map(Path, paths) if path not in recipes}
+    seeds = {_folder(output, path): recipe.seed if isinstance(recipe.seed, list) else []
+             for path, recipe in recipes.items()}
+    homes = {}
     for path, recipe in recipes.items():
-        folder = _folder(output, path)
-        if folder in rows:
-            problems.append(f"{path}: {rows[folder].path} writes the same run folder {folder}: rename one of them")
+        home = _folder(output, path)
+        if homes.setdefault(home, path) != path:
+            problems.append(f"{path}: {homes[home]} writes the same run folder {home}: rename one of them")
             continue
-        rows[folder] = Row(path, recipe, folder, _forerunner(folder, recipe.start) if recipe.start else None, [
-            _forerunner(folder, teacher.run) if teacher.run else teacher.model
-            for teacher in (recipe.distill.teacher if recipe.distill else [])])
+        rows |= {row.folder: row for row in _rows(path, recipe, home, seeds)}
     try:
         needs = {row.folder: [other for other in row.needs.values() if other in rows] for row in rows.values()}
         rows = {folder: rows[folder] for folder in TopologicalSorter(needs).static_order()}
     except CycleError as error:
-        names = " → ".join(folder.name for folder in error.args[1])
+        names = " → ".join(rows[folder].name for folder in error.args[1])
         problems.append(f"start and teacher go in a circle: {names}: begin one of these rows with a model")
     else:
         shapes = {}
         for row in rows.values():
-            problems += [f"{row.path}: {problem}" for problem in _check(row, shapes, unread)]
+            problems += [f"{row.path}: {problem}" for problem in _check(row, shapes, unread, seeds)]
     if problems:
-        raise InputError(*problems)
+        raise InputError(*dict.fromkeys(problems))  # what is wrong with every seed of a row is said once
     return list(rows.values())
 
 
@@ -99,17 +108,44 @@ def _numbered(key: str, number: int) -> str:
     return f"{key}.{number}" if number else key
 
 
-def _forerunner(folder: Path, name: str) -> Path:
-    """The run folder that `start` or `teacher` names: a path, or a row's name beside this one."""
-    return Path(name) if os.sep in name else folder.parent / name
+def _rows(path: Path, recipe: Recipe, home: Path, given: dict[Path, list[int]]) -> list[Row]:
+    """The rows of one recipe, one a seed."""
+    rows = []
+    for seed in given[home] or [recipe.seed]:
+        start = _forerunner(home, recipe.start, seed, given) if recipe.start else None
+        teachers = [_forerunner(home, teacher.run, seed, given) if teacher.run else teacher.model
+                    for teacher in (recipe.distill.teacher if recipe.distill else [])]
+        folder = home / f"seed_{seed}" if given[home] else home
+        rows.append(Row(path, recipe.model_copy(update={"seed": seed}), folder, start, teachers, given[home]))
+    return rows
 
 
-def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Path]) -> list[str]:
+def _forerunner(home: Path, name: str, seed: int, given: dict[Path, list[int]]) -> Path:
+    """The run folder that `start` or `teacher` names: a path, or a row's name beside this one; of several seeds that
+    of the same seed, whether it is there or not."""
+    folder = Path(name) if os.sep in name else home.parent / name
+    return folder / f"seed_{seed}" if _seeds(folder, given) else folder
+
+
+def _seeds(home: Path, given: dict[Path, list[int]]) -> list[int]:
+    """The seeds of a row, in the recipes given or finished; none where it is of a single one or not there."""
+    single = not given[home] if home in given else is_finished(home)
+    return [] if single else sorted({*given.get(home, []), *_finished_seeds(home)})
+
+
+def _finished_seeds(home: Path) -> list[int]:
+    names = [re.fullmatch(r"\.?seed_(\d+)(\.replaced)?", path.name) for path in sorted(home.glob("*seed_*"))]
+    return sorted({int(name[1]) for name in names if name and is_finished(home / f"seed_{name[1]}")})
+
+
+def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Path],
+           given: dict[Path, list[int]]) -> list[str]:
     """What is wrong with a row once the rows before it are known.
 
     Args:
         shapes: models without weights of the rows so far; this row's is added, None where it cannot be built.
         unread: folders of recipes that were given and are wrong, so that nothing more can be said of them.
+        given: the seeds listed by each recipe that was given, by folder.
     """
     recipe, problems = row.recipe, []
     num_classes = None
@@ -123,10 +159,10 @@ def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Pat
         if not wrong:
             shape = models.build(recipe.model, num_classes or 2, device="meta")
     for key, folder in row.needs.items():
-        if folder in unread:
+        if folder in unread or folder.parent in unread:
             continue
         try:
-            former = shapes[folder] if folder in shapes else _finished_model(row, key, folder)
+            former = shapes[folder] if folder in shapes else _finished_model(row, key, folder, given)
         except InputError as error:
             problems += error.problems
             continue
@@ -159,12 +195,19 @@ def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Pat
     return problems
 
 
-def _finished_model(row: Row, key: str, folder: Path) -> torch.nn.Module:
+def _finished_model(row: Row, key: str, folder: Path, given: dict[Path, list[int]]) -> torch.nn.Module:
     if not is_finished(folder):
+        if seeds := _seeds(folder.parent, given):
+            raise InputError(f"{key}: {folder.parent.name} has no {folder.name}, only seed {_listed(seeds)}: make that "
+                             f"seed too, or write the path of one, such as {folder.parent / f'seed_{seeds[0]}'}")
         recipe = row.path.parent / f"{folder.name}.yaml"
         first = f"run {recipe} first, or give it too" if recipe.exists() else "check the name"
         raise InputError(f"{key}: {folder.name}: there is no finished run in {folder}: {first}")
     return models.load(folder)
+
+
+def _listed(seeds: list[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def is_finished(folder: Path) -> bool:
@@ -198,11 +241,16 @@ def refuse_changed(rows: list[Row]) -> None:
     """Raise InputError where a finished run is not what its recipe says now, with every difference."""
     problems = []
     for row in rows:
+        if is_finished(row.home) if row.seeds else _finished_seeds(row.home):
+            was, now = ("of a single seed", "lists seeds") if row.seeds else ("of several seeds", "names a single one")
+            problems.append(f"{row.path}: seed: {row.home} is finished {was} and the recipe {now}: "
+                            "give --force to replace what is there, or output=DIR to keep both")
+            continue
         if is_finished(row.folder) and (lines := differences(row)):
             problems.append(f"{row.path}: its run in {row.folder} is finished and differs ({'; '.join(lines)}): "
                             "give --force to make it again, or output=DIR to keep both")
     if problems:
-        raise InputError(*problems)
+        raise InputError(*dict.fromkeys(problems))
 
 
 def unfinished(folder: Path) -> Path:
@@ -229,6 +277,18 @@ def writing(folder: Path, is_main_process: bool):
             folder.rename(replaced)
         partial.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
+        if re.fullmatch(r"seed_\d+", folder.name):
+            _remove_single(folder.parent)
+
+
+def _remove_single(home: Path) -> None:
+    """Remove the run of a single seed from a folder where runs of several seeds take its place."""
+    if not (home / "metrics.json").is_file():
+        return
+    (home / "metrics.json").unlink()  # first: without it there is no finished run here
+    for path in sorted(home.iterdir()):
+        if not re.match(r"\.?seed_\d+", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _beside(folder: Path, state: str) -> Path:
@@ -255,6 +315,7 @@ def write(folder: Path, row: Row, numbers: dict, history: list[dict], cuts: list
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": numbers["device"], "device_name": numbers["device_name"], "num_processes": num_processes,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        **({"seeds": row.seeds} if row.seeds else {}),
         **_forerunners(row),
     }
     resolved = {**_content(row.recipe), "provenance": provenance}
@@ -303,10 +364,12 @@ def kept_of_teacher(row: Row, cuts: list[dict]) -> dict[str, torch.Tensor]:
             return kept if folder is not None else {}
         try:
             cuts = json.loads((folder / "pruned.json").read_text()) if (folder / "pruned.json").exists() else []
-            start = yaml.safe_load((folder / "recipe.yaml").read_text()).get("start")
+            recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+            start, seed = recipe.get("start"), recipe.get("seed", 0)
+            home = folder.parent if recipe.get("provenance", {}).get("seeds") else folder
         except (OSError, ValueError, yaml.YAMLError, AttributeError):
             return {}
-        folder = _forerunner(folder, start) if start else None
+        folder = _forerunner(home, start, seed, {}) if start else None
 
 
 def _composed(cuts, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
