@@ -35,7 +35,6 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import statistics
@@ -96,7 +95,8 @@ def link(source, target, count):
 def with_vitopt(work, taught, precision):
     section = work.train | {"epochs": 1 + work.epochs, "precision": precision}
     taught = {"distill": {"teacher": "teacher", "logits": LOGITS, "store": taught == "stored"}} if taught else {}
-    images = {"name": "folder", "root": str(work.folder), "limit": math.ceil(work.steps * work.batch / 0.9) + 1}
+    limit, held_out = work.steps * work.batch + 2 * work.classes, 2 * work.classes - 0.5  # is rounded up
+    images = {"name": "folder", "root": str(work.folder), "limit": limit, "validation": held_out / limit}
     recipe = Recipe.model_validate({"model": work.model, "data": images, "train": section, **taught})
     with contextlib.redirect_stdout(io.StringIO()):
         accelerator = training.make_accelerator(recipe.train)
@@ -200,8 +200,7 @@ def peak(device, precision):
     """FLOPs a second of the best of several large products of matrices."""
     best = 0.0
     for size in (4096, 8192) if device == "cuda" else (2048, 4096):
-        a, b = torch.randn(2, size, size, device=device,
-                           dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+        a, b = torch.randn(2, size, size, device=device).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         for _ in range(3):
             start = now(device)
             a @ b
