@@ -184,10 +184,12 @@ def test_a_distillation_token_learns_from_the_teacher_and_the_class_token_from_t
 @pytest.mark.parametrize("keys", [
     {"features": {}}, {"attention": {"weight": 2.0}, "logits": None}, {"relations": {}, "features": {"weight": 0.5}},
     {"logits": {"loss": "dkd", "weight": 0.5}, "attention": {}, "features": {"layers": ["blocks.0.mlp"]}}])
-def test_training_listens_and_leaves_nothing_behind(tiny, accelerator, keys):
+def test_training_listens_and_leaves_nothing_behind(tiny, keys):
     recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits", "limit": 300},
                                     "distill": {"teacher": "t"} | keys,
-                                    "train": TRAIN | {"epochs": 6, "ema_decay": 0.9, "accumulate": 2}})
+                                    "train": TRAIN | {"epochs": 6, "ema_decay": 0.9, "accumulate": 2,
+                                                      "precision": "bf16"}})
+    accelerator = training.make_accelerator(recipe.train)
     student, teacher = tiny(embed_dim=16), tiny()
     names = list(student.state_dict())
     splits = data.load(recipe.data, student.architecture["input"], recipe.train.augment)

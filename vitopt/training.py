@@ -204,10 +204,10 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # takes autocast off the model
-        if teaching:
-            teaching.close()
         for attention, was in fused.items():
             attention.fused_attn = was
+        if teaching:
+            teaching.close()
         accelerator.free_memory()
     model.load_state_dict(best)
     return model, history
