@@ -127,8 +127,8 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
     model.to(accelerator.device)
     loader = batches.Augmented(splits, section, models.num_classes(model), recipe.seed, accelerator)
     accelerator.print(f"  {loader.describe()}; {accelerator.mixed_precision.replace('no', 'fp32')}")
-    teaching = _teaching(recipe, list(teachers), model, kept, splits, accelerator, beside)
     average = ModelEmaV3(model, decay=section.ema_decay, use_warmup=True) if section.ema_decay else None
+    teaching = _teaching(recipe, list(teachers), model, kept, splits, accelerator, beside)
     network = teaching.network if teaching else model
     slow_fused = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     fused = _unfused([model, *teachers]) if slow_fused else {}
