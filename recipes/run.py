@@ -53,7 +53,7 @@ def make(row, force):
 
     with runs.writing(row.folder, accelerator.is_main_process):
         numbers, history, cuts = {}, [], []
-        teachers = runs.teachers(row, len(splits.classes))
+        teachers = runs.teachers(row)
         with energy.window(tracker, row.name) if recipe.train else nullcontext(energy.NOTHING) as used:
             for cut in pruning.steps(model.to(accelerator.device), recipe.prune):
                 if cuts:

@@ -79,6 +79,29 @@ def test_a_teacher_of_other_classes_is_refused_and_one_of_larger_images_is_not(w
     assert plan(write_recipe("row", distill={"teacher": ["ten", "large"]}, train=TRAIN))
 
 
+def test_a_timm_model_teaches_what_its_weights_know(write_recipe, plan, tiny, tmp_path):
+    weights = tmp_path / "three.pth"
+    torch.save(tiny(num_classes=3).state_dict(), weights)
+    teacher = {"name": "vit_base_patch16_224", "checkpoint": str(weights), "img_size": 16, "patch_size": 8,
+               "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+    with pytest.raises(InputError, match="distill.teacher: vit_base_patch16_224 has 3 classes and data digits has 10"):
+        plan(write_recipe("row", distill={"teacher": teacher}, train=TRAIN))
+    row = plan(write_recipe("row", distill={"teacher": teacher, "logits": None, "features": {}}, train=TRAIN))[0]
+    assert models.num_classes(runs.teachers(row)[0]) == 3
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="distill.teacher.checkpoint: .*three.pth: the weights .* cannot be loaded"):
+        plan(write_recipe("row", distill={"teacher": teacher}, train=TRAIN))
+
+
+@pytest.mark.parametrize("distill, expected", [
+    ({"features": {"layers": ["blocks.9"]}}, "distill.features.layers: blocks.9: the student has no such layer"),
+    ({"attention": {"layers": {"blocks.0.attn": "head"}}}, "distill.attention.layers: head: the teacher has no such"),
+])
+def test_layers_that_are_not_there_are_named_before_any_work(write_recipe, plan, distill, expected):
+    with pytest.raises(InputError, match=expected):
+        plan(write_recipe("first"), write_recipe("row", distill={"teacher": "first"} | distill, train=TRAIN))
+
+
 def test_every_problem_of_every_recipe_is_listed_at_once(write_recipe, plan):
     with pytest.raises(InputError) as error:
         plan(write_recipe("a", prune={"ratio": 1.5}), write_recipe("b", start="c"), write_recipe("d", start="a"),

@@ -1,6 +1,5 @@
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,13 +288,3 @@ def test_of_many_classes_the_most_probable_are_kept_and_the_rest_shares_what_is_
     rest = kept.scatter(1, top, 0.0)
     torch.testing.assert_close(rest.sum(-1), 1 - expected.gather(1, top).sum(-1), rtol=1e-2, atol=1e-4)
     assert all(len(row[row > 0].unique()) == 1 for row in rest)
-
-
-def test_teachers_that_know_other_classes_are_refused(tmp_path, tiny):
-    torch.save(tiny(num_classes=3).state_dict(), tmp_path / "three.pth")
-    teacher = Model(name="vit_base_patch16_224", checkpoint=str(tmp_path / "three.pth"), img_size=16, patch_size=8,
-                    in_chans=1, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2.0)
-    row = SimpleNamespace(teachers=[teacher])
-    assert models.num_classes(runs.teachers(row, 3)[0]) == 3
-    with pytest.raises(InputError, match="distill.teacher: vit_base_patch16_224 has 3 classes and the images 10"):
-        runs.teachers(row, 10)

@@ -183,6 +183,15 @@ class Layers(Section):
                           "teacher's; without it every block")
     weight: float = Field(1.0, gt=0, description="what its loss is multiplied by, such as 1.0")
 
+    @field_validator("layers", mode="before", json_schema_input_type=str | dict[str, str] | list[str] | None)
+    @classmethod
+    def _names(cls, value):
+        value = [value] if isinstance(value, str) else value
+        names = [*value, *value.values()] if isinstance(value, dict) else value
+        if names is not None and not (isinstance(names, list) and names and all(isinstance(x, str) for x in names)):
+            raise ValueError(f"{value!r} names no layers: give [blocks.5], or {{blocks.5: blocks.11}}")
+        return value
+
 
 class Relations(Section):
     weight: float = Field(1.0, gt=0, description="what its loss is multiplied by, such as 1.0")
@@ -205,7 +214,9 @@ class Distill(Section):
     def _as_list(cls, value):
         teachers = value if isinstance(value, list) else [value]
         if not teachers:
-            raise ValueError("teacher: names none: give a row, a run folder or a timm model")
+            raise ValueError("names none: give a row, a run folder or a timm model")
+        if wrong := [teacher for teacher in teachers if not isinstance(teacher, (str, dict))]:
+            raise ValueError(f"{wrong[0]!r} is no teacher: give a row, a run folder or {{name: …, pretrained: true}}")
         return [{"run": teacher} if isinstance(teacher, str) else teacher for teacher in teachers]
 
     @model_validator(mode="after")
@@ -424,8 +435,11 @@ def _explain(problem: dict) -> str:
         return f"{key + ': ' if key else ''}{problem['ctx']['error']}"
     if kind == "extra_forbidden":
         known = list(_section(place[:-1]).model_fields)
+        deeper = [name for name in known if place[-1] in getattr(_section((*place[:-1], name)), "model_fields", {})]
         near = difflib.get_close_matches(str(place[-1]), known, n=1)
-        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+        return f"{key}: unknown key; " + (
+            f"it belongs in {deeper[0]}" if deeper else
+            f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
     section = _section(place[:-1])
     field = section.model_fields.get(place[-1]) if section and isinstance(place[-1], str) else None
     meaning = f": {field.description}" if field else ""

@@ -24,7 +24,7 @@ from accelerate.tracking import get_available_trackers
 from pydantic import ValidationError
 from timm.optim import list_optimizers
 
-from vitopt import data, model as models, pruning
+from vitopt import data, model as models, pruning, teaching
 from vitopt.recipe import InputError, Model, Recipe, batch_problems, read
 
 LIBRARIES = ("vitopt", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "codecarbon", "fvcore")
@@ -158,22 +158,34 @@ def _check(row: Row, shapes: dict[Path, torch.nn.Module | None], unread: set[Pat
         problems += (wrong := models.check(recipe.model))
         if not wrong:
             shape = models.build(recipe.model, num_classes or 2, device="meta")
+    formers = {}
     for key, folder in row.needs.items():
         if folder in unread or folder.parent in unread:
             continue
         try:
-            former = shapes[folder] if folder in shapes else _finished_model(row, key, folder, given)
+            formers[key] = shapes[folder] if folder in shapes else _finished_model(row, key, folder, given)
         except InputError as error:
             problems += error.problems
-            continue
-        shape = former if key == "start" else shape
-        if former is not None and num_classes and models.num_classes(former) != num_classes:
-            problems.append(f"{key}: {folder} has {models.num_classes(former)} classes and data {recipe.data.name} has "
-                            f"{num_classes}: take a run on the same data")
     for number, teacher in enumerate(row.teachers):
+        key = _numbered("distill.teacher", number)
         if isinstance(teacher, Model):
-            problems += [problem.replace("model", _numbered("distill.teacher", number), 1)
-                         for problem in models.check(teacher)]
+            problems += (wrong := [problem.replace("model", key, 1) for problem in models.check(teacher)])
+            try:
+                formers[key] = None if wrong else _teacher(teacher, key, "cpu" if teacher.checkpoint else "meta")
+            except InputError as error:
+                problems += error.problems
+    shape = formers.get("start", shape)
+    for key, former in formers.items():
+        needs_classes = key == "start" or recipe.distill.logits
+        if needs_classes and former is not None and num_classes and models.num_classes(former) != num_classes:
+            name = row.needs.get(key, former.architecture["name"])
+            problems.append(f"{key}: {name} has {models.num_classes(former)} classes and data {recipe.data.name} has "
+                            f"{num_classes}: take one that knows the same")
+    if shape is not None and (teacher := formers.get("distill.teacher")) is not None:
+        try:
+            teaching.check(recipe.distill, shape, teacher)
+        except InputError as error:
+            problems += error.problems
     if recipe.prune and shape is not None:
         try:
             pruning.find_axes(shape, recipe.prune, models.example_input(shape))
@@ -327,24 +339,23 @@ def write(folder: Path, row: Row, numbers: dict, history: list[dict], cuts: list
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
-def teachers(row: Row, num_classes: int) -> list[torch.nn.Module]:
+def teachers(row: Row) -> list[torch.nn.Module]:
     """The teachers of a row, with their weights.
 
     Raises:
-        InputError: one cannot be had, or speaks of other classes.
+        InputError: one cannot be had.
     """
-    found = []
-    for number, teacher in enumerate(row.teachers):
-        if isinstance(teacher, Path):
-            found.append(models.load(teacher))
-            continue
-        key = _numbered("distill.teacher", number)
-        model = models.build(teacher, None)
-        if models.num_classes(model) != num_classes:
-            raise InputError(f"{key}: {teacher.name} has {models.num_classes(model)} classes and the images "
-                             f"{num_classes}: give a checkpoint that was trained on these images")
-        found.append(model)
-    return found
+    return [models.load(teacher) if isinstance(teacher, Path)
+            else _teacher(teacher, _numbered("distill.teacher", number), "cpu")
+            for number, teacher in enumerate(row.teachers)]
+
+
+def _teacher(section: Model, key: str, device: str) -> torch.nn.Module:
+    """A timm model with the classes that its weights know."""
+    try:
+        return models.build(section, None, device)
+    except InputError as error:
+        raise InputError(*(problem.replace("model", key, 1) for problem in error.problems)) from error
 
 
 def kept_of_teacher(row: Row, cuts: list[dict]) -> dict[str, torch.Tensor]:

@@ -104,8 +104,7 @@ class Teaching:
             # in training mode it then gives its distillation token's logits too
             student.set_distilled_training(distill.logits is not None)
         first, both = teachers[0], (student, teachers[0])
-        features = _pairs(distill.features, *both, _blocks, "features") if distill.features else {}
-        maps = _pairs(distill.attention, *both, _attentions, "attention") if distill.attention else {}
+        features, maps = check(distill, *both)
         self.pairs = [(kind, *pair) for kind, pairs in (("features", features), ("attention", maps))
                       for pair in pairs.items()]
         relations = bool(distill.relations)
@@ -235,6 +234,16 @@ class _Projection(nn.Module):
         if x.dim() == 4 and self.channels_first:
             return self.linear(x.movedim(1, -1)).movedim(-1, 1)
         return self.linear(x)
+
+
+def check(distill: Distill, student: nn.Module, teacher: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """The layers whose features, and those whose attention maps are compared: the student's, each with the teacher's.
+
+    Raises:
+        InputError: layers that are not there.
+    """
+    return (_pairs(distill.features, student, teacher, _blocks, "features") if distill.features else {},
+            _pairs(distill.attention, student, teacher, _attentions, "attention") if distill.attention else {})
 
 
 def _pairs(section: Layers, student: nn.Module, teacher: nn.Module, candidates, kind: str) -> dict[str, str]:
