@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vitopt"
 FLOORS = [{"recipe", "distillation", "energy"}, {"layouts", "augmentation"}, {"model", "data"}, {"metrics", "batches"},
-          {"pruning"}, {"inspection", "teaching"}, {"runs", "training"}, {"report", "sensitivity"},
+          {"pruning", "store"}, {"inspection", "teaching"}, {"runs", "training"}, {"report", "sensitivity"},
           {"__init__", "__main__"}]
 
 

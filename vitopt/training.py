@@ -22,7 +22,8 @@ from tqdm import tqdm
 from vitopt import batches, data, metrics, model as models
 from vitopt.data import Images, Splits
 from vitopt.recipe import InputError, Recipe, Train
-from vitopt.teaching import Store, Teaching
+from vitopt.store import Store
+from vitopt.teaching import Teaching
 
 EVAL_BATCH_SIZE = 256  # at most, over all processes together
 CALIBRATION_IMAGES = 1024
