@@ -4,6 +4,7 @@ Magnitudes mean nothing across layers of different scale, so the average of each
 (taylor, hessian) are compared as they are.
 """
 
+from itertools import islice
 from typing import Iterable
 
 import torch
@@ -18,7 +19,7 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 NEED_DATA = ("taylor", "hessian", "activation", "gates")
 IN_UNITS_OF_THE_LOSS = ("taylor", "hessian")
-GATE_EPOCHS, GATE_LR, GATE_PENALTY = 3, 0.02, 0.1
+GATE_EPOCHS, GATE_BATCH_SIZE, GATE_LR, GATE_PENALTY = 3, 32, 0.01, 1.0
 
 
 def scores(model: nn.Module, axes: list[Axis], importance: str, batches: Batches | None) -> dict[str, torch.Tensor]:
@@ -198,7 +199,7 @@ def _learn_gates(model, axes, batches) -> dict[str, torch.Tensor]:
     """Train a gate on each channel, beginning at 1, then fold the gates into the weights.
 
     A channel that a layer reads has its gate on that layer's weights; one of q and k on the rows of q. The weights are
-    frozen meanwhile.
+    frozen meanwhile. The L1 penalty pulls each gate as strongly as the loss at first pulls the average one.
     """
     tensors = dict(model.named_parameters())
     device = next(model.parameters()).device
@@ -220,17 +221,19 @@ def _learn_gates(model, axes, batches) -> dict[str, torch.Tensor]:
         parametrize.register_parametrization(model.get_submodule(owner), name, gate)
         parametrized.append((model.get_submodule(owner), name))
     optimizer = torch.optim.Adam(gates.values(), lr=GATE_LR)
-    count = sum(gate.numel() for gate in gates.values())
+    penalty, steps = None, _least_over_processes(sum(1 for _ in _in_parts(batches, GATE_BATCH_SIZE)))
     try:
         for _ in range(GATE_EPOCHS):
-            for images, targets in batches:
-                loss = F.cross_entropy(logits(model, images), targets)
-                loss = loss + GATE_PENALTY * sum(gate.abs().sum() for gate in gates.values()) / count
+            for images, targets in islice(_in_parts(batches, GATE_BATCH_SIZE), steps):
                 optimizer.zero_grad()
-                loss.backward()
-                for gate in gates.values():
-                    if gate.grad is not None:
-                        gate.grad = _mean_over_processes(gate.grad)
+                F.cross_entropy(logits(model, images), targets).backward()
+                felt = [gate for gate in gates.values() if gate.grad is not None]
+                for gate in felt:
+                    gate.grad = _mean_over_processes(gate.grad)
+                if penalty is None:  # of the size of what the loss says of an average gate
+                    penalty = GATE_PENALTY * torch.cat([gate.grad.abs().flatten() for gate in felt]).mean()
+                for gate in felt:
+                    gate.grad += penalty * gate.detach().sign()
                 optimizer.step()
     finally:
         for module, name in parametrized:
@@ -239,6 +242,20 @@ def _learn_gates(model, axes, batches) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
     return {name: gate.detach().abs() for name, gate in gates.items()}
+
+
+def _in_parts(batches: Batches, size: int):
+    for images, targets in batches:
+        yield from zip(images.split(size), targets.split(size))
+
+
+def _least_over_processes(count: int) -> int:
+    """The least number that a process has: steps that exchange gradients must be as many on all."""
+    counts = [count]
+    if distributed.is_available() and distributed.is_initialized():
+        counts = [None] * distributed.get_world_size()
+        distributed.all_gather_object(counts, count)
+    return min(counts)
 
 
 def _mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
