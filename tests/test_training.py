@@ -128,7 +128,8 @@ def test_layer_decay_teaches_the_first_layers_less(tiny, accelerator):
     assert first < 0.3 * plain and last > 0.5 * head
 
 
-def test_a_compiled_model_trains_as_an_eager_one_and_is_a_plain_model_after(tiny, accelerator):
+def test_a_compiled_model_trains_as_an_eager_one_and_is_a_plain_model_after(tiny, accelerator, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # other runs compile too
     section = {"distill": {"teacher": "t", "features": {}, "attention": {}}}
     eager, first, _ = trained(tiny, accelerator, [tiny()], train=TRAIN | {"precision": "fp32"}, **section)
     compiled, second, _ = trained(tiny, accelerator, [tiny()], train=TRAIN | {"precision": "fp32", "compile": True},
