@@ -14,10 +14,10 @@ from pathlib import Path
 
 import yaml
 from accelerate.utils import set_seed
-from scipy.stats import t as student_t
 
 from vitopt import data, model as models, training
 from vitopt.recipe import Model, Recipe, errors_as_lines
+from vitopt.report import interval
 
 WAYS = {
     "no teacher": None,
@@ -32,14 +32,6 @@ WAYS = {
     "kl + features": {"logits": {"loss": "kl", "temperature": 4.0, "weight": 0.7}, "features": {"weight": 1.0}},
     "kl, distillation token": {"logits": {"loss": "kl", "temperature": 4.0, "weight": 0.5}},
 }
-
-
-def interval(values):
-    """Half the width of the 95 % interval of the mean."""
-    if len(values) < 2:
-        return float("nan")
-    return student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-
 
 STUDENT = {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0, "weight_init": "jax"}
 TRAIN = {"epochs": 10, "batch_size": 128, "lr": 1e-3, "warmup_ratio": 0.1, "clip_grad": 1.0,

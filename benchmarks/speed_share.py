@@ -22,7 +22,7 @@ import warnings
 import torch
 
 import vitopt
-from vitopt import metrics, model as models
+from vitopt import metrics, model as models, training
 
 
 def pruned(dense, target, align):
@@ -81,13 +81,6 @@ def synchronize(batch):
         torch.cuda.synchronize()
 
 
-def has_bf16(device):
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
-    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None) or getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(check and check())
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="vit_small_patch16_224")
@@ -112,7 +105,7 @@ def main():
     print("| precision | batch | model | MACs (M) | MACs left | ms (median) | rounds | speedup | share |")
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     variants = {name: model.eval().to(args.device) for name, model in variants.items()}
-    for precision in ["fp32"] + ["bf16"] * has_bf16(args.device):
+    for precision in ["fp32"] + ["bf16"] * training.has_bf16(on_gpu):
         for size in args.batches:
             batch = models.example_input(dense, size)
             times, relative, count = interleaved(variants, batch, precision, args.least, args.seconds)

@@ -29,13 +29,12 @@ class Plain:
     """This process's share of a part, without augmentation, in order: (images, class indices) a batch."""
 
     def __init__(self, part: Images, workers: int, accelerator: Accelerator, batch_size: int, limit: int | None = None):
-        self.part, self.device, self.batch_size = part, accelerator.device, batch_size
+        self.part, self.device = part, accelerator.device
         count = min(len(part), limit or len(part))
-        self.positions = list(range(accelerator.process_index, count, accelerator.num_processes))
-        chunks = [self.positions[first:first + batch_size] for first in range(0, len(self.positions), batch_size)]
-        self.chunks = chunks
+        positions = list(range(accelerator.process_index, count, accelerator.num_processes))
+        self.chunks = [positions[first:first + batch_size] for first in range(0, len(positions), batch_size)]
         self.loader = None if part.pixels is not None else DataLoader(
-            part, batch_sampler=chunks, num_workers=workers, pin_memory=self.device.type == "cuda")
+            part, batch_sampler=self.chunks, num_workers=workers, pin_memory=self.device.type == "cuda")
 
     def __len__(self):
         return len(self.chunks)

@@ -57,9 +57,9 @@ def precision(section: Train | None) -> str:
     return said if said != "no" else "bf16" if has_bf16() else "no"
 
 
-def has_bf16() -> bool:
-    """Whether this machine, its GPU where it has one, multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
+def has_bf16(on_gpu: bool | None = None) -> bool:
+    """Whether this machine's GPU or CPU multiplies bfloat16 in hardware; without a choice the GPU where it has one."""
+    if torch.cuda.is_available() if on_gpu is None else on_gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
