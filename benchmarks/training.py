@@ -61,6 +61,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from vitopt import data, metrics, model as models, training
+from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import Model, Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "cifar10"
@@ -103,7 +104,8 @@ def with_vitopt(work, taught, precision):
         model = models.build(recipe.model, work.classes)
         splits = data.load(recipe.data, model.architecture["input"], recipe.train.augment)
         teachers = [work.teacher] if taught else []
-        _, history = training.train(model, recipe, splits, accelerator, teachers, beside=work.folder / "row")
+        _, history = training.train(model, recipe, splits, accelerator, teachers,
+                                    saved=Checkpoints(work.folder / "row", accelerator))
     return statistics.harmonic_mean(row["images_per_second"] for row in history[1:])  # each of as many images
 
 

@@ -51,26 +51,29 @@ def make(row, force):
     model.architecture["classes"] = splits.classes
     tracker = energy.open_tracker(training.local_gpus(accelerator)) if accelerator.is_local_main_process else None
 
-    with runs.writing(row.folder, accelerator.is_main_process):
-        numbers, history, cuts = {}, [], []
-        teachers = runs.teachers(row)
-        with energy.window(tracker, row.name) if recipe.train else nullcontext(energy.NOTHING) as used:
-            for cut in pruning.steps(model.to(accelerator.device), recipe.prune):
-                if cuts:
+    with runs.writing(row, accelerator):
+        numbers, history, cuts = {}, [], pruning.steps(model.to(accelerator.device), recipe.prune)
+        saved, under_way = runs.open_checkpoints(row, accelerator)
+        model, done, teachers = under_way or model, saved.cuts, runs.teachers(row)
+        with energy.window(tracker, row.name, saved.used) if recipe.train else nullcontext(energy.NOTHING) as used:
+            saved.reading = used
+            for cut in cuts[len(done):]:
+                if done:
                     between = training.for_epochs(recipe, cut.step_epochs)
                     model, _ = training.train(model, between, splits, accelerator, teachers,
-                                              runs.kept_of_teacher(row, cuts))
-                cuts.append(pruning.prune(model, cut, training.calibration(splits, accelerator)))
+                                              runs.kept_of_teacher(row, done), saved)
+                set_seed(recipe.seed)
+                done.append(pruning.prune(model.to(accelerator.device), cut, training.calibration(splits, accelerator)))
             if recipe.train:
                 model, history = training.train(model, recipe, splits, accelerator, teachers,
-                                                runs.kept_of_teacher(row, cuts), row.home)
+                                                runs.kept_of_teacher(row, done), saved)
                 numbers = training.chosen_epoch(history)
         numbers["accuracy"], numbers["test_images"] = training.evaluate(model, splits.test, splits, accelerator)
         if accelerator.is_main_process:
             print(f"  test accuracy {numbers['accuracy']:.2f} %, measuring")
             models.save(model, unfinished)
             numbers |= metrics.measure_apart(unfinished, accelerator.device)
-            runs.write(unfinished, row, numbers, history, cuts, used, accelerator.num_processes)
+            runs.write(unfinished, row, numbers, history, done, used, accelerator.num_processes)
     accelerator.wait_for_everyone()
 
 

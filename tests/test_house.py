@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vitopt"
 FLOORS = [{"recipe", "distillation", "energy"}, {"layouts", "augmentation"}, {"model", "data"}, {"metrics", "batches"},
-          {"pruning", "store"}, {"inspection", "teaching"}, {"runs", "training"}, {"report", "sensitivity"},
-          {"__init__", "__main__"}]
+          {"pruning", "store", "checkpoints"}, {"inspection", "teaching"}, {"runs", "training"},
+          {"report", "sensitivity"}, {"__init__", "__main__"}]
 
 
 def modules():

@@ -5,7 +5,7 @@ import jsonschema
 import pytest
 import yaml
 
-from vitopt.recipe import InputError, Recipe, Train, batch_problems, errors_as_lines, read
+from vitopt.recipe import InputError, Recipe, Stopped, Train, batch_problems, errors_as_lines, read
 
 TRAIN = {"epochs": 1, "batch_size": 32, "lr": 0.001}
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*/*.yaml"))
@@ -129,7 +129,8 @@ def test_seeds_can_be_given_on_the_command_line(write_recipe):
 @pytest.mark.parametrize("error, code, line", [
     (InputError("a: 1: wrong: mend", "b: 2: wrong: mend"), 2, "error: a: 1: wrong: mend\nerror: b: 2: wrong: mend\n"),
     (OSError(28, "No space left on device", "/data/x"), 1, "error: /data/x: No space left on device"),
-    (KeyboardInterrupt(), 130, "stopped"),
+    (KeyboardInterrupt(), 75, "stopped: finished rows are kept; the same command goes on"),
+    (Stopped("stopped after step 3"), 75, "stopped after step 3"),
 ])
 def test_a_command_ends_in_one_line_a_problem_and_its_exit_code(capsys, error, code, line):
     with pytest.raises(SystemExit) as end, errors_as_lines():

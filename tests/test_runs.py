@@ -3,12 +3,17 @@ import json
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
 from vitopt import energy, model as models, runs
 from vitopt.recipe import InputError
 
 TRAIN = {"epochs": 1, "batch_size": 32, "lr": 0.001}
 MEASURED = {"device": "cpu", "device_name": "a machine", "accuracy": 50.0}
+
+
+def changes(row):
+    return runs.differences(row, row.folder / "recipe.yaml")
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def plan(tmp_path):
 def finish(tiny):
     """Writes the run folder of a row as a finished run would, with a small random model."""
     def write(row, **kwargs):
-        with runs.writing(row.folder, True):
+        with runs.writing(row, Accelerator(cpu=True)):
             folder = runs.unfinished(row.folder)
             models.save(tiny(**kwargs), folder)
             runs.write(folder, row, MEASURED | {"inference": energy.NOTHING}, [], [], energy.NOTHING, 1)
@@ -127,7 +132,7 @@ def test_no_recipe_is_an_error():
 def test_a_finished_run_is_kept_while_its_recipe_says_the_same(write_recipe, plan, finish):
     row, = plan(write_recipe("a", train=TRAIN))
     finish(row)
-    assert runs.is_finished(row.folder) and runs.differences(row) == []
+    assert runs.is_finished(row.folder) and changes(row) == []
     runs.refuse_changed([row])
 
 
@@ -138,8 +143,8 @@ def test_a_changed_recipe_is_refused_with_the_difference(write_recipe, plan, fin
     with pytest.raises(InputError) as error:
         runs.refuse_changed([row])
     line, = error.value.problems
-    assert "train.epochs: 1 in the finished run, 9 in the recipe" in line and "--force" in line
-    assert "prune.ratio: absent in the finished run, 0.2 in the recipe" in line
+    assert "train.epochs: 1 then, 9 in the recipe" in line and "--force" in line
+    assert "prune.ratio: absent then, 0.2 in the recipe" in line
 
 
 def test_a_row_whose_forerunner_was_made_again_is_refused(write_recipe, plan, finish):
@@ -177,7 +182,7 @@ def test_a_run_that_fails_leaves_the_former_one_as_it_was(write_recipe, plan, fi
     row, = plan(write_recipe("a"))
     finish(row)
     before = {file.name: file.read_bytes() for file in row.folder.iterdir()}
-    with pytest.raises(KeyboardInterrupt), runs.writing(row.folder, True):
+    with pytest.raises(KeyboardInterrupt), runs.writing(row, Accelerator(cpu=True)):
         (runs.unfinished(row.folder) / "metrics.json").write_text("{}")
         raise KeyboardInterrupt
     assert not runs.unfinished(row.folder).exists()
@@ -212,10 +217,10 @@ def test_a_run_of_a_version_that_knew_fewer_keys_is_kept(write_recipe, plan, fin
     resolved = yaml.safe_load((row.folder / "recipe.yaml").read_text())
     del resolved["prune"]["steps"], resolved["prune"]["repair"]
     (row.folder / "recipe.yaml").write_text(yaml.safe_dump(resolved))
-    assert runs.differences(row) == []
+    assert changes(row) == []
     resolved["prune"]["repair"] = True
     (row.folder / "recipe.yaml").write_text(yaml.safe_dump(resolved))
-    assert runs.differences(row) == ["prune.repair: True in the finished run, False in the recipe"]
+    assert changes(row) == ["prune.repair: True then, False in the recipe"]
 
 
 def test_a_list_of_seeds_makes_a_run_of_each_in_the_order_listed(write_recipe, plan, tmp_path):
@@ -299,9 +304,9 @@ def test_a_row_of_one_seed_and_of_several_are_never_mixed(write_recipe, plan, fi
     with pytest.raises(InputError, match="a is finished of a single seed and the recipe lists .*--force") as error:
         runs.refuse_changed(several)
     assert len(error.value.problems) == 1
-    with pytest.raises(KeyboardInterrupt), runs.writing(several[0].folder, True):
+    with pytest.raises(KeyboardInterrupt), runs.writing(several[0], Accelerator(cpu=True)):
         raise KeyboardInterrupt
-    assert runs.is_finished(single.folder) and runs.differences(single) == []  # a failure costs nothing
+    assert runs.is_finished(single.folder) and changes(single) == []  # a failure costs nothing
     finish(several[0])
     assert [path.name for path in single.folder.iterdir()] == ["seed_0"]
     finish(several[1])

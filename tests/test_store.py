@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from vitopt import data, store, training
+from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import Recipe
 
 TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002, "precision": "fp32", "augment": {"crop": "pad", "mixup": 0.8}}
@@ -33,7 +34,8 @@ def teach(tiny, tmp_path):
         accelerator = training.make_accelerator(recipe.train)
         student = tiny(num_classes=num_classes)
         splits = data.load(recipe.data, student.architecture["input"], recipe.train.augment)
-        model, history = training.train(student, recipe, splits, accelerator, [teacher], beside=tmp_path / "row")
+        model, history = training.train(student, recipe, splits, accelerator, [teacher],
+                                        saved=Checkpoints(tmp_path / "row", accelerator))
         return model.state_dict(), [row["loss"] for row in history]
     run.files = lambda: sorted(tmp_path.glob(".teacher_logits/*/*"))
     return run

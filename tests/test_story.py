@@ -130,7 +130,7 @@ def test_a_changed_recipe_is_refused_and_nothing_is_touched(story):
     done = command(sys.executable, *words, "prune.ratio=0.5", cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
     lines = done.stdout.splitlines()
-    ratios = ("prune.ratio: 0.4 in the finished run, 0.5", "prune.ratio: 0.3 in the finished run, 0.5")
+    ratios = ("prune.ratio: 0.4 then, 0.5", "prune.ratio: 0.3 then, 0.5")
     assert len(lines) == 2 and all(ratio in line for ratio, line in zip(ratios, lines))
 
 

@@ -5,6 +5,7 @@ import torch
 from accelerate.utils import set_seed
 
 from vitopt import data, metrics, model as models, training
+from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import Augment, InputError, Recipe
 
 TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002, "augment": {"crop": "pad", "padding": 1}}
@@ -105,7 +106,7 @@ def test_a_loss_beyond_bounds_stops_and_the_best_model_so_far_is_kept(tiny, acce
                                         "train": TRAIN | {"epochs": 9}})
         splits = data.load(recipe.data, tiny().architecture["input"], recipe.train.augment)
         with pytest.raises(InputError, match=f"the loss {said} in epoch 4: .*kept in .*row.last_good"):
-            training.train(Late(tiny()), recipe, splits, accelerator, beside=tmp_path / "row")
+            training.train(Late(tiny()), recipe, splits, accelerator, saved=Checkpoints(tmp_path / "row", accelerator))
         kept = models.load(tmp_path / "row.last_good")
         assert all(value.isfinite().all() for value in kept.state_dict().values())
 
@@ -136,6 +137,14 @@ def test_a_compiled_model_trains_as_an_eager_one_and_is_a_plain_model_after(tiny
                                   **section)
     assert [row["loss"] for row in first] == pytest.approx([row["loss"] for row in second], rel=1e-4)
     assert type(compiled) is type(eager) and list(compiled.state_dict()) == list(eager.state_dict())
+
+
+def test_a_compiler_that_fails_is_named_in_one_line(tiny, accelerator, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no_compiler")))
+    torch._dynamo.reset()
+    with pytest.raises(InputError, match="train.compile: true: .*no_compiler.*: mend the compiler, or set it false"):
+        trained(tiny, accelerator, train=TRAIN | {"precision": "fp32", "compile": True})
 
 
 @pytest.mark.parametrize("said, launched, hardware, expected", [

@@ -10,8 +10,8 @@ from codecarbon import OfflineEmissionsTracker  # noqa: E402
 
 MEASURING_MODES = {"intel_rapl", "windows_emi", "intel_power_gadget"}  # otherwise codecarbon guesses from the load
 JOULES_PER_KWH = 3.6e6
-NOTHING = {"seconds": 0.0, "energy_kwh": 0.0, "cpu_kwh": 0.0, "gpu_kwh": 0.0, "ram_kwh": 0.0, "power_w": None,
-           "power_source": "nothing ran"}
+PARTS = ("energy_kwh", "cpu_kwh", "gpu_kwh", "ram_kwh")
+NOTHING = {"seconds": 0.0} | dict.fromkeys(PARTS, 0.0) | {"power_w": None, "power_source": "nothing ran"}
 
 
 def open_tracker(gpus: list[int]):
@@ -22,8 +22,8 @@ def open_tracker(gpus: list[int]):
         output_methods=[], measure_power_secs=1, log_level="critical", tracking_mode="machine",
         allow_multiple_runs=True, gpu_ids=_nvml_indices(gpus))
     try:
-        with _task(tracker, "first"):
-            pass  # codecarbon's first window reads low: thrown away
+        tracker.start_task("first")  # codecarbon's first window reads low: thrown away
+        tracker.stop_task("first")
     except AttributeError:  # its constructor swallows its own errors and leaves a husk
         return None
     return tracker
@@ -38,44 +38,60 @@ def _nvml_indices(gpus: list[int]) -> list[int] | None:
 
 
 @contextmanager
-def window(tracker, name: str):
+def window(tracker, name: str, before: dict | None = None):
     """Measure what the machine uses inside the `with` block.
 
     Args:
         tracker: of `open_tracker`; None gives a reading without numbers.
         name: a new one for each window.
+        before: what an earlier window of the same work has read, to which this one adds.
 
     Yields:
-        A dictionary, filled when the block ends: `seconds`, `energy_kwh` and its parts `cpu_kwh`, `gpu_kwh` and
-        `ram_kwh`, `power_w` (the average) and `power_source`. The source is `measured` where counters read the CPU,
-        and the GPU if there is one, and `estimated` where codecarbon takes a model of the CPU's load. RAM is always
-        an estimate. Where codecarbon cannot work all but the seconds are None and the source is `unavailable`.
+        A `Reading`, complete when the block ends.
     """
-    reading = dict.fromkeys(NOTHING) | {"power_source": "unavailable"}
-    start = time.perf_counter()
-    with _task(tracker, name) as used:
-        yield reading
-    reading["seconds"] = time.perf_counter() - start
-    if data := used.get("data"):
-        reading |= {
-            "energy_kwh": data.energy_consumed,
-            "cpu_kwh": data.cpu_energy, "gpu_kwh": data.gpu_energy, "ram_kwh": data.ram_energy,
-            "power_w": data.energy_consumed * JOULES_PER_KWH / data.duration,
-            "power_source": _source(tracker),
-        }
-
-
-@contextmanager
-def _task(tracker, name: str):
-    used = {}
-    if tracker is None:
-        yield used
-        return
-    tracker.start_task(name)
+    reading = Reading(tracker, name, before)
     try:
-        yield used
+        yield reading
     finally:
-        used["data"] = tracker.stop_task(name)
+        reading.stop()
+
+
+class Reading(dict):
+    """`seconds`, `energy_kwh` and its parts `cpu_kwh`, `gpu_kwh` and `ram_kwh`, `power_w` (the average) and
+    `power_source`.
+
+    The source is `measured` where counters read the CPU, and the GPU if there is one, and `estimated` where codecarbon
+    takes a model of the CPU's load. RAM is always an estimate. Where codecarbon cannot work all but the seconds are
+    None and the source is `unavailable`.
+    """
+
+    def __init__(self, tracker, name: str, before: dict | None):
+        super().__init__(before or NOTHING | {"power_source": None})
+        self.tracker, self.name, self.laps = tracker, name, 0
+        self._start()
+
+    def lap(self) -> None:
+        """Bring the reading up to now, and go on."""
+        self.stop()
+        self._start()
+
+    def _start(self) -> None:
+        self.laps += 1
+        if self.tracker is not None:
+            self.tracker.start_task(f"{self.name} {self.laps}")
+        self.start = time.perf_counter()
+
+    def stop(self) -> None:
+        used = None if self.tracker is None else self.tracker.stop_task(f"{self.name} {self.laps}")
+        self["seconds"] += time.perf_counter() - self.start
+        if used is None or self["energy_kwh"] is None:
+            self |= dict.fromkeys(PARTS) | {"power_w": None, "power_source": "unavailable"}
+            return
+        for part, value in zip(PARTS, (used.energy_consumed, used.cpu_energy, used.gpu_energy, used.ram_energy)):
+            self[part] += value
+        source = _source(self.tracker)
+        self["power_w"] = self["energy_kwh"] * JOULES_PER_KWH / self["seconds"]
+        self["power_source"] = source if self["power_source"] in (None, source) else "estimated"
 
 
 def _source(tracker) -> str:

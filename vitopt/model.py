@@ -316,13 +316,31 @@ def save(model: nn.Module, folder: str | Path) -> None:
     describe_timm(model)
     _refuse_unknown_arguments(model)
     folder.mkdir(parents=True, exist_ok=True)
+    write(folder, model.state_dict(), model.architecture)
+
+
+def write(folder: Path, weights: dict[str, torch.Tensor], architecture: dict) -> None:
+    """Write what `load` reads, into a folder that is there.
+
+    Raises:
+        OSError: it cannot be written, such as for want of space.
+    """
+    write_tensors(folder / "model.safetensors", weights)
+    (folder / "model.json").write_text(json.dumps(architecture, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors by name, from any device.
+
+    Raises:
+        OSError: they cannot be written, such as for want of space.
+    """
     # cloned, for some models hold one tensor under several names and safetensors refuses that
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file(weights, folder / "model.safetensors")
+        save_file(own, file)
     except SafetensorError as error:
-        raise OSError(None, str(error), str(folder / "model.safetensors")) from error
-    (folder / "model.json").write_text(json.dumps(model.architecture, indent=2) + "\n", encoding="utf-8")
+        raise OSError(None, str(error), str(file)) from error
 
 
 def _refuse_unknown_arguments(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ in any of the files given is said at once, each mistake with its file, key, valu
 import difflib
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -26,13 +27,22 @@ class InputError(ValueError):
         super().__init__("\n".join(problems))
 
 
+class Stopped(Exception):
+    """A signal came; what was under way is kept and goes on where the same command is given again."""
+
+
+START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
+
+
 @contextmanager
 def errors_as_lines():
-    """For commands: end with one line a problem and exit code 2 where the input is at fault, 1 where the machine is.
+    """For commands: end with one line a problem and exit code 2 where the input is at fault, 1 where the machine is,
+    75 where a signal has stopped it.
 
     Warnings become lines too.
     """
     warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     except InputError as error:
@@ -42,8 +52,14 @@ def errors_as_lines():
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(1, [f"error: {where}{error.strerror or error}: finished rows are kept; mend this and start again"])
-    except KeyboardInterrupt:
-        _end(130, ["stopped: finished rows are kept"])
+    except (Stopped, KeyboardInterrupt) as error:
+        _end(START_AGAIN, [str(error) or "stopped: finished rows are kept; the same command goes on"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number, frame):
+    raise Stopped()
 
 
 def _end(code: int, lines: list[str]) -> None:
@@ -261,6 +277,9 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="of matrix products; without it bf16 where the machine has it, or what the launcher says")
     compile: bool = Field(False, description="true for torch.compile")
+    checkpoint_minutes: float = Field(
+        10.0, ge=0, description="after how long the state of the training is kept again, such as 10.0; 0 for each step")
+    checkpoint_epochs: int | None = Field(None, ge=1, description="after how many epochs too, such as 1")
     augment: Augment = Augment()
     tracker: str | None = Field(None, description="a tracker of accelerate that is installed, such as tensorboard")
 

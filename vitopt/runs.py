@@ -5,6 +5,7 @@ history.csv and energy.csv. It is written beside its place and renamed, so that 
 new one. A row of several seeds has a run folder for each, <row>/seed_<seed>.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -20,13 +21,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
 from pydantic import ValidationError
 from timm.optim import list_optimizers
 
-from vitopt import data, model as models, pruning, teaching
+from vitopt import checkpoints, data, model as models, pruning, teaching
+from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import InputError, Model, Recipe, batch_problems, read
 
+# keys of a recipe that say how a row is made and not which row it is
+WITHOUT_EFFECT = {"data.workers", "train.checkpoint_minutes", "train.checkpoint_epochs", "train.tracker"}
 LIBRARIES = ("vitopt", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "codecarbon", "fvcore")
 
 
@@ -231,18 +237,23 @@ def is_finished(folder: Path) -> bool:
     return (folder / "metrics.json").is_file()
 
 
-def differences(row: Row) -> list[str]:
-    """How a finished run differs from what its recipe says now; empty where it can be kept."""
+def differences(row: Row, file: Path) -> list[str]:
+    """How the recipe that a finished run or a checkpoint was made by differs from what it says now; empty where that
+    can be kept.
+
+    Args:
+        file: the recipe.yaml that was written then.
+    """
     try:
-        finished = yaml.safe_load((row.folder / "recipe.yaml").read_text(encoding="utf-8"))
-        provenance = finished.pop("provenance")
+        then = yaml.safe_load(file.read_text(encoding="utf-8"))
+        provenance = then.pop("provenance")
     except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError) as error:
         return [f"recipe.yaml: {' '.join(str(error).split())} where it should hold the recipe and its provenance"]
     with suppress(ValidationError):  # an older vitopt did not know every default
-        finished = _content(Recipe.model_validate(finished))
-    was, now = _flat(finished), _flat(_content(row.recipe))
-    lines = [f"{key}: {was.get(key, 'absent')} in the finished run, {now.get(key, 'absent')} in the recipe"
-             for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+        then = _content(Recipe.model_validate(then))
+    was, now = _flat(then), _flat(_content(row.recipe))
+    lines = [f"{key}: {was.get(key, 'absent')} then, {now.get(key, 'absent')} in the recipe"
+             for key in sorted((was.keys() | now.keys()) - WITHOUT_EFFECT) if was.get(key) != now.get(key)]
     for key, digest in _forerunners(row).items():
         if provenance.get(key) != digest:
             lines.append(f"{key.removesuffix('_sha256')}: its weights are no longer those that this run was made with")
@@ -250,19 +261,34 @@ def differences(row: Row) -> list[str]:
 
 
 def refuse_changed(rows: list[Row]) -> None:
-    """Raise InputError where a finished run is not what its recipe says now, with every difference."""
+    """Raise InputError, with the differences, where a run that is finished or under way is not what its recipe says."""
     problems = []
     for row in rows:
+        finished = is_finished(row.folder)
         if is_finished(row.home) if row.seeds else _finished_seeds(row.home):
             was, now = ("of a single seed", "lists seeds") if row.seeds else ("of several seeds", "names a single one")
             problems.append(f"{row.path}: seed: {row.home} is finished {was} and the recipe {now}: "
                             "give --force to replace what is there, or output=DIR to keep both")
             continue
-        if is_finished(row.folder) and (lines := differences(row)):
-            problems.append(f"{row.path}: its run in {row.folder} is finished and differs ({'; '.join(lines)}): "
-                            "give --force to make it again, or output=DIR to keep both")
+        file = row.folder / "recipe.yaml" if finished else checkpoints.recipe_of(row.folder)
+        if file and (lines := differences(row, file)):
+            what = f"its run in {row.folder} is finished" if finished else f"its run under way in {file.parent.parent}"
+            problems.append(f"{row.path}: {what} and differs ({'; '.join(lines)}): "
+                            "give --force to make it anew, or output=DIR to keep both")
     if problems:
         raise InputError(*dict.fromkeys(problems))
+
+
+def open_checkpoints(row: Row, accelerator: Accelerator) -> tuple[Checkpoints, torch.nn.Module | None]:
+    """The checkpoints of a row, and its model where it was under way already. Call it on all processes."""
+    recipe = yaml.safe_dump(_resolved(row, accelerator.num_processes), sort_keys=False)
+    saved = Checkpoints(row.folder, accelerator, recipe, row.home)
+    file = checkpoints.recipe_of(row.folder)
+    if file and differences(row, file):  # of another recipe, and --force was given
+        accelerator.wait_for_everyone()
+        saved.remove()
+    accelerator.wait_for_everyone()
+    return saved, saved.open()
 
 
 def unfinished(folder: Path) -> Path:
@@ -271,26 +297,73 @@ def unfinished(folder: Path) -> Path:
 
 
 @contextmanager
-def writing(folder: Path, is_main_process: bool):
-    """Let the block write into `unfinished(folder)`, and put that in the place of `folder` only if it ends well."""
+def writing(row: Row, accelerator: Accelerator):
+    """Let the block write into `unfinished(row.folder)`, and put that in the place of `row.folder` if it ends well.
+
+    Raises:
+        InputError: another run writes this row.
+    """
+    folder = row.folder
     partial, replaced = unfinished(folder), _beside(folder, "replaced")
-    if is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _locked(folder, accelerator):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        try:
+            yield
+        except BaseException:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if accelerator.is_main_process:
+            shutil.rmtree(replaced, ignore_errors=True)
+            if folder.exists():
+                folder.rename(replaced)
+            partial.rename(folder)
+            for old in (replaced, checkpoints.folder_of(folder), folder.with_name(f"{folder.name}.last_good")):
+                shutil.rmtree(old, ignore_errors=True)
+            if row.seeds:
+                _remove_single(row.home)
+
+
+@contextmanager
+def _locked(folder: Path, accelerator: Accelerator):
+    """Keep other runs away from a row, on every machine that sees the same disk."""
+    file, problem, stream = _beside(folder, "lock"), [None], None
+    if accelerator.is_main_process:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stream = _lock(file)
+        except OSError as error:
+            problem = [f"{folder}: cannot be written ({error.strerror or error}): mend this, or give output=DIR"]
+        else:
+            problem = [None if stream else f"{folder}: another run is making this row: wait for it, or give output=DIR"]
+    problem, = broadcast_object_list(problem)
+    if problem:
+        raise InputError(problem)
     try:
         yield
-    except BaseException:
-        if is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if is_main_process:
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if re.fullmatch(r"seed_\d+", folder.name):
-            _remove_single(folder.parent)
+    finally:
+        if stream:
+            file.unlink(missing_ok=True)
+            stream.close()  # and the lock goes, as it does with a process that is killed
+
+
+def _lock(file: Path):
+    """The open file, locked, or None where another process has it."""
+    while True:
+        stream = file.open("w")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(stream.fileno()).st_ino == file.stat().st_ino:
+                return stream
+        except BlockingIOError:
+            stream.close()
+            return None
+        except FileNotFoundError:
+            pass
+        stream.close()  # whoever had it has removed it meanwhile
 
 
 def _remove_single(home: Path) -> None:
@@ -323,20 +396,24 @@ def write(folder: Path, row: Row, numbers: dict, history: list[dict], cuts: list
         numbers["pruned"] = [{key: value for key, value in cut.items() if key != "axes"} for cut in cuts]
     numbers |= {"train_seconds": used["seconds"], "train_energy_kwh": used["energy_kwh"],
                 "train_power_source": used["power_source"], "num_processes": num_processes}
-    provenance = {
-        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": numbers["device"], "device_name": numbers["device_name"], "num_processes": num_processes,
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        **({"seeds": row.seeds} if row.seeds else {}),
-        **_forerunners(row),
-    }
-    resolved = {**_content(row.recipe), "provenance": provenance}
+    resolved = _resolved(row, num_processes, device=numbers["device"], device_name=numbers["device_name"])
     (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
     columns = ["epoch", "loss", "validation_accuracy", "lr", "seconds", "images_per_second"]
     pd.DataFrame(history, columns=columns).to_csv(folder / "history.csv", index=False)
     pd.DataFrame([{"phase": "train", **used}, {"phase": "inference", **inference}]).to_csv(
         folder / "energy.csv", index=False)
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def _resolved(row: Row, num_processes: int, **where: str) -> dict:
+    """The recipe of a row with every default, and by what it was made."""
+    provenance = {
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"), **where, "num_processes": num_processes,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        **({"seeds": row.seeds} if row.seeds else {}),
+        **_forerunners(row),
+    }
+    return {**_content(row.recipe), "provenance": provenance}
 
 
 def teachers(row: Row) -> list[torch.nn.Module]:

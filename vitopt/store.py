@@ -35,11 +35,20 @@ class Store:
         self.steps, self.batch_size = len(part) // recipe.train.batch_size, recipe.train.batch_size
         self.accelerator = accelerator
 
-    def open(self, epoch: int) -> None:
-        """Get ready for the steps of an epoch, counted from 1."""
+    def open(self, epoch: int, first_step: int = 0, heard: dict[str, torch.Tensor] | None = None) -> None:
+        """Get ready for the steps of an epoch, counted from 1, from a step on, counted from 0.
+
+        Args:
+            heard: what `so_far` gave before that step; without it the epoch is not written.
+        """
         mixed = "_mixed" if epoch <= self.mixed_until else ""
         self.path = self.folder / f"epoch_{epoch:04d}{mixed}.safetensors"
-        self.stored, self.heard, self.parts, self.step = self._load(), [], [], 0
+        self.stored, self.parts, self.step = self._load(), [], first_step
+        self.heard = [dict(zip(heard, step)) for step in zip(*heard.values())] if heard else []
+
+    def so_far(self) -> dict[str, torch.Tensor]:
+        """What the teachers have said in this epoch, (steps, rows of this process, …); nothing where it is read."""
+        return {name: torch.stack([step[name] for step in self.heard]) for name in (self.heard or [{}])[0]}
 
     def read(self, rows: torch.Tensor) -> torch.Tensor | None:
         """The logits of these rows of the step, or None where the teachers must be asked."""

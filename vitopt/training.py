@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterable, Sequence
 
@@ -19,9 +20,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
-from vitopt import batches, data, metrics, model as models
+from vitopt import batches, checkpoints, data, metrics, model as models
+from vitopt.checkpoints import Checkpoints
 from vitopt.data import Images, Splits
-from vitopt.recipe import InputError, Recipe, Train
+from vitopt.recipe import InputError, Recipe, Stopped, Train
 from vitopt.store import Store
 from vitopt.teaching import Teaching
 
@@ -99,8 +101,8 @@ def evaluate(model: nn.Module, part: Images, splits: Splits, accelerator: Accele
 
 
 def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Accelerator,
-          teachers: Sequence[nn.Module] = (), kept: dict[str, torch.Tensor] | None = None, beside: Path | None = None,
-          ) -> tuple[nn.Module, list[dict]]:
+          teachers: Sequence[nn.Module] = (), kept: dict[str, torch.Tensor] | None = None,
+          saved: Checkpoints | None = None) -> tuple[nn.Module, list[dict]]:
     """Train as the recipe's `train` section says, and listen to the teachers as `distill` says.
 
     After each epoch the model, or the moving average of its weights, meets the validation images; the best epoch is
@@ -110,8 +112,7 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
         model: trained on all processes.
         teachers: models of vitopt, see `teaching`.
         kept: which channels of the first teacher the model has kept, by axis.
-        beside: the folder of this row; beside it are stored logits and, where the loss leaves all bounds, the model of
-            the best epoch so far.
+        saved: where the state of the training is kept, and found where one was stopped.
 
     Returns:
         The trained model, unwrapped, and one dictionary an epoch: `epoch`, `loss`, `validation_accuracy` (percent),
@@ -119,6 +120,7 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
 
     Raises:
         InputError: fewer images than a batch, or a loss that is no number or grows beyond bounds.
+        Stopped: a signal came; the state is kept.
     """
     section = recipe.train
     if len(splits.train) < section.batch_size:
@@ -129,11 +131,11 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
     loader = batches.Augmented(splits, section, models.num_classes(model), recipe.seed, accelerator)
     accelerator.print(f"  {loader.describe()}; {accelerator.mixed_precision.replace('no', 'fp32')}")
     average = ModelEmaV3(model, decay=section.ema_decay, use_warmup=True) if section.ema_decay else None
-    teaching = _teaching(recipe, list(teachers), model, kept, splits, accelerator, beside)
-    network = teaching.network if teaching else model
+    teaching = _teaching(recipe, list(teachers), model, kept, splits, accelerator, saved)
+    plain = teaching.network if teaching else model
     slow_fused = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     fused = _unfused([model, *teachers]) if slow_fused else {}
-    network, optimizer = accelerator.prepare(network, _optimizer(model, network, section))
+    network, optimizer = accelerator.prepare(plain, _optimizer(model, plain, section))
     if section.compile:
         network = torch.compile(network)
     validation = eval_batches(splits.validation, splits, accelerator)
@@ -145,61 +147,69 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
     plain_loss = LabelSmoothingCrossEntropy(section.label_smoothing)
     if section.tracker:
         accelerator.init_trackers("vitopt")
-    best, best_accuracy, history = None, -1.0, []
-    watch = _Watch(section, accelerator)
-    bar = tqdm(total=steps, unit="step", leave=False, disable=not (accelerator.is_main_process and sys.stderr.isatty()))
-    step = 0
+    state = _State(model, plain, optimizer, average, teaching and teaching.store, accelerator)
+    if saved and (found := saved.load()):
+        state.take_up(*found)
+        accelerator.print(f"  going on after step {state.step:,} of {steps:,}")
+    bar = tqdm(total=steps, initial=state.step, unit="step", leave=False,
+               disable=not (accelerator.is_main_process and sys.stderr.isatty()))
     try:
-        for epoch in range(1, section.epochs + 1):
-            network.train()
-            if teaching and teaching.store:
-                teaching.store.open(epoch)
-            start, total_loss = time.perf_counter(), torch.zeros((), device=accelerator.device)
-            for batch in loader.epoch(epoch):
-                scheduler.step_update(step)
-                # dropout too depends on nothing that came before
-                torch.manual_seed(batches.seed_of(recipe.seed, epoch, step, accelerator.process_index))
-                compare = plain_loss if batch.targets.dim() == 1 else label_loss
-                loss = _step(network, batch, compare, teaching, section.accumulate, accelerator)
-                if section.clip_grad:
-                    accelerator.clip_grad_norm_(network.parameters(), section.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                if average:
-                    average.update(model, step)
-                total_loss += loss
-                watch.see(loss, epoch)
-                bar.update()
-            if teaching and teaching.store:
-                teaching.store.close()
-            mean_loss = accelerator.reduce(total_loss, "mean").item() / len(loader)
-            watch.check(mean_loss, epoch)
-            seconds = time.perf_counter() - start
-            chosen = average.module if average else model
-            with accelerator.autocast():
-                accuracy, _ = metrics.accuracy(chosen, validation, accelerator)
-            if accuracy >= best_accuracy:
-                best_accuracy = accuracy
-                best = {name: tensor.detach().cpu().clone() for name, tensor in chosen.state_dict().items()}
-            history.append({
-                "epoch": epoch, "loss": mean_loss, "validation_accuracy": accuracy,
-                "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-                "images_per_second": len(loader) * section.batch_size / seconds,
-            })
-            if section.tracker:
-                accelerator.log({key: value for key, value in history[-1].items() if key != "epoch"}, step=epoch)
-            if accelerator.is_main_process:
-                tqdm.write(f"  epoch {epoch}/{section.epochs}  loss {mean_loss:.4f}  validation {accuracy:.2f} %  "
-                           f"{history[-1]['images_per_second']:.0f} images/s")
+        with checkpoints.listening() if saved else nullcontext([]) as asked:
+            pauses = checkpoints.Pauses(section, accelerator, asked)
+            while state.step < steps:
+                epoch, first = divmod(state.step, len(loader))
+                epoch += 1
+                network.train()
+                state.begin_epoch(epoch, first)
+                for batch in loader.epoch(epoch, first):
+                    scheduler.step_update(state.step)
+                    # dropout too depends on nothing that came before
+                    torch.manual_seed(batches.seed_of(recipe.seed, epoch, state.step, accelerator.process_index))
+                    compare = plain_loss if batch.targets.dim() == 1 else label_loss
+                    loss = _step(network, batch, compare, teaching, section.accumulate, accelerator)
+                    if section.clip_grad:
+                        accelerator.clip_grad_norm_(network.parameters(), section.clip_grad)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    state.end_step(loss, section)
+                    bar.update()
+                    if saved and state.step % len(loader):
+                        _pause(state, saved, *pauses.look())
+                seconds = state.end_epoch(section)
+                chosen = average.module if average else model
+                with accelerator.autocast():
+                    accuracy, _ = metrics.accuracy(chosen, validation, accelerator)
+                state.choose(chosen, accuracy)
+                state.history.append({
+                    "epoch": epoch, "loss": state.mean_loss, "validation_accuracy": accuracy,
+                    "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
+                    "images_per_second": len(loader) * section.batch_size / seconds,
+                })
+                if section.tracker:
+                    numbers = {key: value for key, value in state.history[-1].items() if key != "epoch"}
+                    accelerator.log(numbers, step=epoch)
+                if accelerator.is_main_process:
+                    tqdm.write(f"  epoch {epoch}/{section.epochs}  loss {state.mean_loss:.4f}  validation "
+                               f"{accuracy:.2f} %  {state.history[-1]['images_per_second']:.0f} images/s")
+                if saved:
+                    due, stop = pauses.look()
+                    by_epoch = section.checkpoint_epochs and epoch % section.checkpoint_epochs == 0
+                    _pause(state, saved, due or by_epoch or state.step == steps, stop)
     except Diverged as error:
-        if best is None or beside is None:
+        if saved:
+            saved.remove()  # the same recipe would come to the same end
+        if state.best is None or saved is None:
             raise
-        model.load_state_dict(best)
-        folder = beside.with_name(f"{beside.name}.last_good")
         if accelerator.is_main_process:
-            models.save(model, folder)
-        raise InputError(f"{error}; the model of epoch {len(history)} or before is kept in {folder}") from error
+            model.load_state_dict(state.best)
+            models.save(model, saved.last_good)
+        raise InputError(f"{error}; the model of epoch {len(state.history)} or before is kept in {saved.last_good}"
+                         ) from error
+    except RuntimeError as error:
+        if section.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise InputError(f"train.compile: true: {str(error).strip().splitlines()[0]}: mend the compiler, or set it "
+                             "false") from error
+        raise
     finally:
         bar.close()
         for tracker in accelerator.trackers:
@@ -210,34 +220,126 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
         if teaching:
             teaching.close()
         accelerator.free_memory()
-    model.load_state_dict(best)
-    return model, history
+    model.load_state_dict(state.best)
+    return model, state.history
+
+
+def _pause(state: "_State", saved: Checkpoints, due: bool, stop: bool) -> None:
+    if due:
+        state.keep(saved)
+    if stop:
+        raise Stopped(f"stopped after step {state.step:,}, whose state is kept in {saved.folder}: "
+                      "give the same command again to go on")
 
 
 class Diverged(InputError):
     """The loss is no number any more, or has grown beyond bounds."""
 
 
-class _Watch:
-    """Looks at the loss every so many steps, on all processes alike."""
+@dataclass
+class _State:
+    """A training under way: all that a checkpoint must hold, and nothing that a batch or a step can be told by its
+    number."""
+    model: nn.Module
+    network: nn.Module  # the model, with what only training has; as it was before it was wrapped
+    optimizer: torch.optim.Optimizer
+    average: ModelEmaV3 | None
+    store: Store | None
+    accelerator: Accelerator
+    step: int = 0  # done so far, over all epochs
+    losses: list[torch.Tensor] = field(default_factory=list)  # of this epoch's steps, on this process
+    heard: dict[str, torch.Tensor] = field(default_factory=dict)  # of the store, from before the training was taken up
+    before: float = 0.0  # seconds of this epoch until it was taken up again
+    first_loss: float | None = None
+    history: list[dict] = field(default_factory=list)
+    best: dict[str, torch.Tensor] | None = None
+    best_accuracy: float = -1.0
 
-    def __init__(self, section: Train, accelerator: Accelerator):
-        self.section, self.accelerator = section, accelerator
-        self.losses, self.first = [], None
+    def begin_epoch(self, epoch: int, first_step: int) -> None:
+        if self.store:
+            self.store.open(epoch, first_step, self.heard)
+        self.start, self.heard = time.perf_counter(), {}
 
-    def see(self, loss: torch.Tensor, epoch: int) -> None:
+    def end_step(self, loss: torch.Tensor, section: Train) -> None:
+        self.step += 1
         self.losses.append(loss)
-        if len(self.losses) == WATCHED_STEPS:
-            self.check(self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item(), epoch)
-            self.losses = []
+        if self.average:
+            self.average.update(self.model, self.step)
+        if len(self.losses) % WATCHED_STEPS == 0:
+            self._watch(self.losses[-WATCHED_STEPS:], section)
 
-    def check(self, loss: float, epoch: int) -> None:
-        if self.first is None:
-            self.first = loss
-        if not loss <= TOO_MUCH * self.first:  # nan is neither more nor less
-            what = f"became {loss}" if not math.isfinite(loss) else f"grew from {self.first:.3g} to {loss:.3g}"
-            raise Diverged(f"train.lr: {self.section.lr}: the loss {what} in epoch {epoch}: take a smaller one, or set "
-                           "train.clip_grad: 1.0")
+    def end_epoch(self, section: Train) -> float:
+        """The seconds that it took."""
+        if self.store:
+            self.store.close()
+        self.mean_loss = self._watch(self.losses, section)
+        seconds = self.before + time.perf_counter() - self.start
+        self.losses, self.before = [], 0.0
+        return seconds
+
+    def _watch(self, losses: list[torch.Tensor], section: Train) -> float:
+        """The mean of these losses over all processes, if training may go on."""
+        loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if self.first_loss is None:
+            self.first_loss = loss
+        if not loss <= TOO_MUCH * self.first_loss:  # nan is neither more nor less
+            what = f"became {loss}" if not math.isfinite(loss) else f"grew from {self.first_loss:.3g} to {loss:.3g}"
+            raise Diverged(f"train.lr: {section.lr}: the loss {what} in epoch {len(self.history) + 1}: take a smaller "
+                           "one, or set train.clip_grad: 1.0")
+        return loss
+
+    def choose(self, model: nn.Module, accuracy: float) -> None:
+        """Keep these weights if they are as good as the best so far."""
+        if accuracy >= self.best_accuracy:
+            self.best_accuracy = accuracy
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+    def keep(self, saved: Checkpoints) -> None:
+        """Write a checkpoint."""
+        tensors, facts = {}, {name: getattr(self, name) for name in REMEMBERED}
+        facts |= {"processes": self.accelerator.num_processes, "has_best": self.best is not None}
+        facts["seconds"] = self.before + time.perf_counter() - self.start if self.losses else 0.0
+        scaler = self.accelerator.scaler
+        facts |= {name: checkpoints.apart(content, name, tensors) for name, content in {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.module.state_dict() if self.average else {},
+            "scaler": scaler.state_dict() if scaler else {},
+            "losses": self._from_all({"losses": torch.stack(self.losses)} if self.losses else {}),
+            "heard": self._from_all(self.store.so_far() if self.store and self.losses else {}),
+        }.items()}
+        saved.write(self.model, self.best or self.model.state_dict(), tensors, facts)
+
+    def take_up(self, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+        """Go on where a checkpoint was written."""
+        for name in REMEMBERED:
+            setattr(self, name, facts[name])
+        if facts["has_best"]:  # the model was made with these weights
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        content = {name: checkpoints.together(facts[name], tensors)
+                   for name in ("network", "optimizer", "average", "scaler", "losses", "heard")}
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.average:
+            self.average.module.load_state_dict(content["average"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        alike = facts["processes"] == self.accelerator.num_processes
+        if "losses" in content["losses"]:
+            losses = content["losses"]["losses"]
+            losses = losses[self.accelerator.process_index] if alike else losses.mean(0)
+            self.losses = list(losses.to(self.accelerator.device))
+        if alike:  # otherwise the teachers' outputs of this epoch are not stored
+            self.heard = {name: parts[self.accelerator.process_index].to(self.accelerator.device)
+                          for name, parts in content["heard"].items()}
+        self.before = facts["seconds"]
+
+    def _from_all(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of all processes, (processes, …) each."""
+        return {name: self.accelerator.gather(tensor[None].contiguous()) for name, tensor in own.items()}
+
+
+REMEMBERED = ("step", "first_loss", "history", "best_accuracy")
 
 
 def _step(network: nn.Module, batch: batches.Batch, label_loss: nn.Module, teaching: Teaching | None, parts: int,
@@ -261,12 +363,12 @@ def _step(network: nn.Module, batch: batches.Batch, label_loss: nn.Module, teach
 
 
 def _teaching(recipe: Recipe, teachers: list[nn.Module], model: nn.Module, kept, splits: Splits,
-              accelerator: Accelerator, beside: Path | None) -> Teaching | None:
+              accelerator: Accelerator, saved: Checkpoints | None) -> Teaching | None:
     if not teachers:
         return None
     store = None
-    if recipe.distill.store and beside is not None:
-        store = Store(beside.parent / ".teacher_logits", recipe, splits.train, teachers, accelerator)
+    if recipe.distill.store and saved:
+        store = Store(saved.logits, recipe, splits.train, teachers, accelerator)
     return Teaching(recipe.distill, teachers, model, accelerator.device, kept, store)
 
 
