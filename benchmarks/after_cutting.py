@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from accelerate.utils import set_seed
 
-from vitopt import data, model as models, pruning, recipe as recipes, training
+from vitopt import data, devices, model as models, pruning, recipe as recipes, training
 from vitopt.recipe import Augment, Prune
 
 IMPORTANCES = ["random", "l1", "l2", "activation", "taylor", "hessian", "gates"]
@@ -29,7 +29,7 @@ def main():
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # what stays is in the recipe's own report
     section = next(iter(recipes.read([str(args.run / "recipe.yaml")], [])[0].values())).data
-    accelerator = training.make_accelerator()
+    accelerator = devices.make_accelerator()
     model = models.load(args.run).to(accelerator.device)
     splits = data.load(section, model.architecture["input"], Augment())
     whole, images = training.evaluate(model, splits.test, splits, accelerator)

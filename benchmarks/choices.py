@@ -15,7 +15,7 @@ import pandas as pd
 from accelerate.utils import set_seed
 from matplotlib import pyplot
 
-from vitopt import data, model as models, recipe as recipes, training
+from vitopt import data, devices, model as models, recipe as recipes, training
 from vitopt.recipe import errors_as_lines
 from vitopt.report import interval
 
@@ -46,7 +46,7 @@ def curve(path, words, choice, seed):
     tenth = str(round(recipe.train.epochs / 10))
     recipe = only(path, words + [word.replace("TENTH", tenth) for word in CHOICES[choice]])
     recipe = recipe.model_copy(update={"seed": seed})
-    accelerator = training.make_accelerator(recipe.train)
+    accelerator = devices.make_accelerator(recipe.train)
     set_seed(seed)
     model = models.build(recipe.model, data.num_classes(recipe.data))
     splits = data.load(recipe.data, model.architecture["input"], recipe.train.augment)

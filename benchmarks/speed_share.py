@@ -22,7 +22,7 @@ import warnings
 import torch
 
 import vitopt
-from vitopt import metrics, model as models, training
+from vitopt import devices, metrics, model as models
 
 
 def pruned(dense, target, align):
@@ -105,7 +105,7 @@ def main():
     print("| precision | batch | model | MACs (M) | MACs left | ms (median) | rounds | speedup | share |")
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     variants = {name: model.eval().to(args.device) for name, model in variants.items()}
-    for precision in ["fp32"] + ["bf16"] * training.has_bf16(on_gpu):
+    for precision in ["fp32"] + ["bf16"] * devices.has_bf16(on_gpu):
         for size in args.batches:
             batch = models.example_input(dense, size)
             times, relative, count = interleaved(variants, batch, precision, args.least, args.seconds)

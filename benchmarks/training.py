@@ -60,7 +60,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from vitopt import data, metrics, model as models, training
+from vitopt import data, devices, metrics, model as models, training
 from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import Model, Recipe
 
@@ -100,7 +100,7 @@ def with_vitopt(work, taught, precision):
     images = {"name": "folder", "root": str(work.folder), "limit": limit, "validation": held_out / limit}
     recipe = Recipe.model_validate({"model": work.model, "data": images, "train": section, **taught})
     with contextlib.redirect_stdout(io.StringIO()):
-        accelerator = training.make_accelerator(recipe.train)
+        accelerator = devices.make_accelerator(recipe.train)
         model = models.build(recipe.model, work.classes)
         splits = data.load(recipe.data, model.architecture["input"], recipe.train.augment)
         teachers = [work.teacher] if taught else []
@@ -220,7 +220,7 @@ def arguments():
     parser.add_argument("--timm", type=Path, help="checkout of timm's repository, else it is left out")
     parser.add_argument("--model", choices=["baseline", "tiny"], default="baseline")
     parser.add_argument("--augment", choices=["light", "full"], default="light")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if training.has_bf16() else "fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if devices.has_bf16() else "fp32")
     parser.add_argument("--batch-size", type=int, help="without it 128, on a GPU 512")
     parser.add_argument("--images", type=int, help="an epoch; without it 5 batches, on a GPU 40")
     parser.add_argument("--epochs", type=int, default=2, help="that count, after one that does not")

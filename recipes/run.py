@@ -12,7 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP threads that wait soon
 
 from accelerate.utils import set_seed  # noqa: E402
 
-from vitopt import data, energy, metrics, model as models, pruning, report, runs, training  # noqa: E402
+from vitopt import data, devices, energy, metrics, model as models, pruning, report, runs, training  # noqa: E402
 from vitopt.recipe import Augment, errors_as_lines  # noqa: E402
 
 
@@ -27,10 +27,10 @@ def main():
         return dry_run(rows)
     if not args.force:
         runs.refuse_changed(rows)
-    training.say_where()
+    devices.say_where()
     for row in rows:
         make(row, args.force)
-    if training.make_accelerator().is_main_process:
+    if devices.make_accelerator().is_main_process:
         for folder in dict.fromkeys(row.home.parent for row in rows):
             print(report.write(folder))
 
@@ -38,7 +38,7 @@ def main():
 def make(row, force):
     """One row: a model, pruned, trained, measured, saved. What its recipe does not name does not happen."""
     recipe, unfinished = row.recipe, runs.unfinished(row.folder)
-    accelerator = training.make_accelerator(recipe.train, unfinished)
+    accelerator = devices.make_accelerator(recipe.train, unfinished)
     if runs.is_finished(row.folder) and not force:
         accelerator.print(f"{row.name}: finished, kept in {row.folder}")
         return
@@ -49,7 +49,7 @@ def make(row, force):
         augment = recipe.train.augment if recipe.train else Augment()
         splits = data.load(recipe.data, model.architecture["input"], augment)
     model.architecture["classes"] = splits.classes
-    tracker = energy.open_tracker(training.local_gpus(accelerator)) if accelerator.is_local_main_process else None
+    tracker = energy.open_tracker(devices.local_gpus(accelerator)) if accelerator.is_local_main_process else None
 
     with runs.writing(row, accelerator):
         numbers, history, cuts = {}, [], pruning.steps(model.to(accelerator.device), recipe.prune)
@@ -79,7 +79,7 @@ def make(row, force):
 
 def dry_run(rows):
     """Show what the rows would be, without data or training."""
-    accelerator, dry = training.make_accelerator(), {}
+    accelerator, dry = devices.make_accelerator(), {}
     for row in rows:
         if row.home in dry:  # another seed of a row that was shown
             dry[row.folder] = dry[row.home]

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vitopt import checkpoints, data, model as models, training
+from vitopt import checkpoints, data, devices, model as models, training
 from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import InputError, Model, Recipe, Stopped
 
@@ -40,7 +40,7 @@ def run(case, folder):
     if sections["data"]["name"] == "folder":
         sections["data"] = sections["data"] | {"root": str(folder.parent / "images")}
     recipe = Recipe.model_validate({"model": MODEL} | sections)
-    accelerator = training.make_accelerator(recipe.train)
+    accelerator = devices.make_accelerator(recipe.train)
     set_seed(0)
     model, teachers = models.build(Model(**MODEL), 10), []
     if recipe.distill:
@@ -102,7 +102,7 @@ def train(tiny, tmp_path, monkeypatch):
     def call(steps=None, error=Killed, where=tmp_path, **options):
         recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits", "limit": 100},
                                         "train": TRAIN | {"checkpoint_minutes": 0.0, "epochs": 3} | options})
-        accelerator = training.make_accelerator(recipe.train)
+        accelerator = devices.make_accelerator(recipe.train)
         splits = data.load(recipe.data, tiny().architecture["input"], recipe.train.augment)
         saved, done, keep = Checkpoints(where / "row", accelerator, "recipe"), [], training._State.keep
 

@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vitopt"
-FLOORS = [{"recipe", "distillation", "energy"}, {"layouts", "augmentation"}, {"model", "data"}, {"metrics", "batches"},
-          {"pruning", "store", "checkpoints"}, {"inspection", "teaching"}, {"runs", "training"},
-          {"report", "sensitivity"}, {"__init__", "__main__"}]
+FLOORS = [{"recipe", "distillation", "energy"}, {"layouts", "augmentation"}, {"model", "data"},
+          {"metrics", "batches", "devices"}, {"pruning", "store", "checkpoints"}, {"inspection", "teaching"},
+          {"runs", "training"}, {"report", "sensitivity"}, {"__init__", "__main__"}]
 
 
 def modules():

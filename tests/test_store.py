@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitopt import data, store, training
+from vitopt import data, devices, store, training
 from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import Recipe
 
@@ -31,7 +31,7 @@ def teach(tiny, tmp_path):
         recipe = Recipe.model_validate({
             "model": {"name": "x"}, "data": {"name": "digits", "limit": 200}, "seed": seed,
             "distill": {"teacher": "t", "store": True}, "train": TRAIN | train})
-        accelerator = training.make_accelerator(recipe.train)
+        accelerator = devices.make_accelerator(recipe.train)
         student = tiny(num_classes=num_classes)
         splits = data.load(recipe.data, student.architecture["input"], recipe.train.augment)
         model, history = training.train(student, recipe, splits, accelerator, [teacher],

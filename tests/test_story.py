@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
@@ -165,23 +166,40 @@ def test_one_process_replays_the_teachers_outputs_that_two_have_stored(story):
     assert stored == {file: file.stat().st_mtime_ns for file in folder.glob("runs/recipes/.teacher_logits/*/*")}
 
 
-def test_a_run_killed_in_training_leaves_the_former_state_starts_again_and_is_replaced_by_force(story):
+def begin(*words, cwd, until="epoch 2/", **options):
+    """Start a command that trains for long, and come back once it has printed this."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen([str(word) for word in words], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env=os.environ | {"PATH": path}, **options)
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if until in line:
+            return process
+    raise AssertionError("".join(printed))
+
+
+def test_a_run_killed_in_training_goes_on_refuses_another_recipe_and_is_replaced_by_force(story):
     folder, _, _ = story
-    recipe = folder / "recipes" / "baseline.yaml"
-    words = [sys.executable, RUN, str(recipe), "data.limit=301", "output=killed"]
-    long = subprocess.Popen([*words, "train.epochs=1000"], cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-    for line in long.stdout:
-        if "epoch 2/" in line:
-            break
+    words = [sys.executable, RUN, folder / "recipes" / "baseline.yaml", "data.limit=301", "output=killed"]
+    state, row = folder / "killed" / "recipes" / ".baseline.checkpoints", folder / "killed" / "recipes" / "baseline"
+    long = begin(*words, "train.epochs=40", "train.checkpoint_minutes=0.0", cwd=folder)
+    second = command(*words, "train.epochs=40", cwd=folder, check=False)
+    assert second.returncode == 2 and second.stdout.strip().endswith(
+        "error: killed/recipes/baseline: another run is making this row: wait for it, or give output=DIR")
     long.send_signal(signal.SIGKILL)
     long.wait()
-    assert not (folder / "killed" / "recipes" / "baseline").exists()
-    command(*words, cwd=folder)
-    history = folder / "killed" / "recipes" / "baseline" / "history.csv"
-    assert len(pd.read_csv(history)) == 2
+    assert not row.exists() and len(list(state.glob("[0-9]*"))) == 2
+    other = command(*words, "train.epochs=2", cwd=folder, check=False)
+    assert other.returncode == 2 and "under way in killed/recipes/.baseline.checkpoints and differs" in other.stdout
+    assert "train.epochs: 40 then, 2 in the recipe" in other.stdout and "--force" in other.stdout
+    assert "going on after step" in command(*words, "train.epochs=40", cwd=folder).stdout
+    history = pd.read_csv(row / "history.csv")
+    assert history["epoch"].tolist() == list(range(1, 41))
+    energy_used = pd.read_csv(row / "energy.csv")
+    assert energy_used["seconds"][0] > 0.9 * history["seconds"].sum()  # with what came before the kill
     command(*words, "train.epochs=1", "--force", cwd=folder)
-    assert len(pd.read_csv(history)) == 1
+    assert len(pd.read_csv(row / "history.csv")) == 1
     assert [path.name for path in (folder / "killed" / "recipes").iterdir() if path.name.startswith(".")] == []
 
 
@@ -189,19 +207,37 @@ def listen_to_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell makes what it starts in the background deaf to it
 
 
-def test_ctrl_c_ends_in_one_line(story):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_one_line_and_says_start_me_again(story, number):
     folder, _, _ = story
-    words = [sys.executable, RUN, str(folder / "recipes" / "baseline.yaml"), "data.limit=301", "output=stopped",
+    words = [sys.executable, RUN, folder / "recipes" / "baseline.yaml", "data.limit=301", f"output=stopped_{number}",
              "train.epochs=1000"]
-    long = subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            preexec_fn=listen_to_ctrl_c)
-    for line in long.stdout:
-        if "epoch 1/" in line:
-            break
-    time.sleep(0.2)
-    long.send_signal(signal.SIGINT)
+    long = begin(*words, cwd=folder, preexec_fn=listen_to_ctrl_c)
+    long.send_signal(number)
     rest = long.stdout.read()
-    assert long.wait() == 130 and "Traceback" not in rest and rest.strip().endswith("finished rows are kept")
+    assert long.wait() == 75 and "Traceback" not in rest
+    assert rest.strip().endswith("baseline.checkpoints: give the same command again to go on")
+
+
+def test_of_two_processes_both_stop_when_one_dies_or_the_launcher_is_told_to_and_both_go_on(story):
+    folder, _, _ = story
+    words = [*LAUNCH, "--num_processes", "2", RUN, folder / "recipes" / "baseline.yaml", "data.limit=301", "output=two",
+             "train.epochs=1000", "train.checkpoint_minutes=0.001"]
+    long = begin(*words, cwd=folder, until="epoch 30/")
+    children = psutil.Process(long.pid).children(recursive=True)
+    ranks = [child for child in children if "run.py" in " ".join(child.cmdline()) and not child.children()]
+    start = time.monotonic()
+    ranks[-1].kill()
+    rest = long.stdout.read()
+    assert long.wait() != 0 and time.monotonic() - start < 60
+    assert "finished rows are kept" in rest or "whose state is kept" in rest, rest
+    assert not any(rank.is_running() for rank in ranks)
+    long = begin(*words, cwd=folder, until="going on after step")
+    start = time.monotonic()
+    long.send_signal(signal.SIGTERM)
+    rest = long.stdout.read()
+    assert long.wait() != 0 and time.monotonic() - start < 60 and "give the same command again to go on" in rest
+    assert list((folder / "two" / "recipes" / ".baseline.checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "recipes").iterdir() if path.is_dir()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitopt import batches, data, distillation, model as models, pruning, runs, teaching, training
+from vitopt import batches, data, devices, distillation, model as models, pruning, runs, teaching, training
 from vitopt.recipe import Distill, InputError, Model, Prune, Recipe
 
 CPU = torch.device("cpu")
@@ -13,7 +13,7 @@ TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002, "precision": "fp32", "augme
 
 @pytest.fixture
 def accelerator():
-    return training.make_accelerator(Recipe.model_validate(
+    return devices.make_accelerator(Recipe.model_validate(
         {"model": {"name": "x"}, "data": {"name": "digits"}, "train": TRAIN}).train)
 
 
@@ -187,7 +187,7 @@ def test_training_listens_and_leaves_nothing_behind(tiny, keys):
                                     "distill": {"teacher": "t"} | keys,
                                     "train": TRAIN | {"epochs": 6, "ema_decay": 0.9, "accumulate": 2,
                                                       "precision": "bf16"}})
-    accelerator = training.make_accelerator(recipe.train)
+    accelerator = devices.make_accelerator(recipe.train)
     student, teacher = tiny(embed_dim=16), tiny()
     names = list(student.state_dict())
     splits = data.load(recipe.data, student.architecture["input"], recipe.train.augment)

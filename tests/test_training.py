@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 
-from vitopt import data, metrics, model as models, training
+from vitopt import data, devices, metrics, model as models, training
 from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import Augment, InputError, Recipe
 
@@ -13,7 +13,7 @@ TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002, "augment": {"crop": "pad", 
 
 @pytest.fixture(scope="module")
 def accelerator():
-    return training.make_accelerator()
+    return devices.make_accelerator()
 
 
 def trained(tiny, accelerator, teachers=(), seed=0, limit=200, **sections):
@@ -147,19 +147,6 @@ def test_a_compiler_that_fails_is_named_in_one_line(tiny, accelerator, tmp_path,
         trained(tiny, accelerator, train=TRAIN | {"precision": "fp32", "compile": True})
 
 
-@pytest.mark.parametrize("said, launched, hardware, expected", [
-    (None, None, True, "bf16"), (None, None, False, "no"), (None, "fp16", True, "fp16"), ("fp32", "bf16", True, "no"),
-    ("bf16", None, False, "bf16"), (None, "no", True, "bf16")])
-def test_precision_is_the_recipes_else_the_launchers_else_the_machines(monkeypatch, said, launched, hardware, expected):
-    monkeypatch.setattr(training, "has_bf16", lambda: hardware)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    if launched:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    section = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits"},
-                                     "train": TRAIN | ({"precision": said} if said else {})}).train
-    assert training.precision(section) == expected and training.precision(None) == "no"
-
-
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_matrix_products_are_in_the_recipes_precision_and_weights_stay_in_32_bits(tiny, precision, dtype):
     seen = set()
@@ -169,7 +156,7 @@ def test_matrix_products_are_in_the_recipes_precision_and_weights_stay_in_32_bit
     recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"name": "digits", "limit": 200},
                                     "train": TRAIN | {"precision": precision}})
     splits = data.load(recipe.data, model.architecture["input"], recipe.train.augment)
-    accelerator = training.make_accelerator(recipe.train)
+    accelerator = devices.make_accelerator(recipe.train)
     model, _ = training.train(model, recipe, splits, accelerator)
     assert seen == {(True, dtype), (False, dtype)}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

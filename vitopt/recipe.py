@@ -31,6 +31,7 @@ class Stopped(Exception):
     """A signal came; what was under way is kept and goes on where the same command is given again."""
 
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # how torch says so
 START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
 
 
@@ -52,6 +53,11 @@ def errors_as_lines():
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(1, [f"error: {where}{error.strerror or error}: finished rows are kept; mend this and start again"])
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST):
+            raise
+        _end(1, [f"error: another process of this run is gone ({str(error).splitlines()[0][:200]}): what it has "
+                 "printed tells why; finished rows and checkpoints are kept, and the same command goes on"])
     except (Stopped, KeyboardInterrupt) as error:
         _end(START_AGAIN, [str(error) or "stopped: finished rows are kept; the same command goes on"])
     finally:
@@ -197,7 +203,7 @@ class Layers(Section):
     layers: dict[str, str] | list[str] | None = Field(
         None, description="which of the student's layers, such as [blocks.5] or {blocks.5: blocks.11} with the "
                           "teacher's; without it every block")
-    weight: float = Field(1.0, gt=0, description="what its loss is multiplied by, such as 1.0")
+    weight: float = Field(10.0, gt=0, description="what its loss is multiplied by, such as 10.0")
 
     @field_validator("layers", mode="before", json_schema_input_type=str | dict[str, str] | list[str] | None)
     @classmethod

@@ -7,7 +7,7 @@ import matplotlib
 import pandas as pd
 import yaml
 
-from vitopt import data, model as models, pruning, training
+from vitopt import data, devices, model as models, pruning, training
 from vitopt.pruning import channels, importance as scoring
 from vitopt.recipe import Augment, InputError, Prune, read
 
@@ -38,7 +38,7 @@ def measure(folder: Path, ratios: list[float], images: int, importance: str, max
     if problems:
         raise InputError(*problems)
     section = next(iter(recipes.values())).data
-    accelerator = training.make_accelerator()
+    accelerator = devices.make_accelerator()
     splits = data.load(section, model.architecture["input"], Augment())
     model.to(accelerator.device)
     whole, count = training.evaluate(model, splits.validation, splits, accelerator, images)

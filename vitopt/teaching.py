@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from vitopt import batches, distillation, model as models
+from vitopt import batches, devices, distillation, model as models
 from vitopt.pruning import depth
 from vitopt.recipe import Distill, InputError, Layers
 from vitopt.store import Store
@@ -168,7 +168,7 @@ class Teaching:
         the first."""
         if self.store and (stored := self.store.read(batch.rows)) is not None:
             return stored.to(batch.images.device), {}
-        with accelerator.autocast():
+        with devices.autocast(accelerator):
             logits = sum(share * teacher(self._as_seen_by(number, batch.images)).float()
                          for number, (teacher, share) in enumerate(zip(self.teachers, self.shares)))
         return (self.store.add(logits) if self.store else logits), dict(self.listener.heard) if self.listens else {}

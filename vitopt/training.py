@@ -1,17 +1,15 @@
 """The loop: one model, with or without a teacher, on any number of processes."""
 
+import copy
 import math
-import os
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -20,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
-from vitopt import batches, checkpoints, data, metrics, model as models
+from vitopt import batches, checkpoints, devices, metrics, model as models
 from vitopt.checkpoints import Checkpoints
 from vitopt.data import Images, Splits
 from vitopt.recipe import InputError, Recipe, Stopped, Train
@@ -32,54 +30,6 @@ CALIBRATION_IMAGES = 1024
 WATCHED_STEPS = 50  # whose mean loss is looked at together
 TOO_MUCH = 3  # times the mean loss of the first of these steps
 FUSED = ("adam", "adamw", "sgd")  # torch's own, which update all weights in one kernel
-
-
-def make_accelerator(section: Train | None = None, folder: Path | None = None) -> Accelerator:
-    """The Accelerator of a row: on the CPU where there is no GPU, in the row's precision."""
-    on_cpu = not torch.cuda.is_available()
-    wanted = precision(section)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
-        AcceleratorState._reset_state()  # rows of one table may train in different precisions
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=wanted, project_dir=folder,
-                              log_with=section and section.tracker)
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if on_cpu and launched and os.environ.get("OMP_NUM_THREADS") == "1":  # accelerate's default: one thread a process
-        torch.set_num_threads(max(1, os.cpu_count() // data.local_processes()))
-    return accelerator
-
-
-def precision(section: Train | None) -> str:
-    """Of matrix products in training, as accelerate calls it: what the recipe says, else the launcher, else bf16 where
-    the machine multiplies it in hardware."""
-    if section is None:
-        return "no"
-    if section.precision:
-        return {"fp32": "no"}.get(section.precision, section.precision)
-    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return said if said != "no" else "bf16" if has_bf16() else "no"
-
-
-def has_bf16(on_gpu: bool | None = None) -> bool:
-    """Whether this machine's GPU or CPU multiplies bfloat16 in hardware; without a choice the GPU where it has one."""
-    if torch.cuda.is_available() if on_gpu is None else on_gpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
-
-
-def say_where() -> None:
-    """Print how many processes run on what, and whether GPUs stay idle."""
-    accelerator = make_accelerator()
-    line = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
-    if torch.cuda.device_count() > data.local_processes():
-        line += (f"; this machine has {torch.cuda.device_count()} GPUs: "
-                 f"accelerate launch --num_processes {torch.cuda.device_count()} … takes them all")
-    accelerator.print(line)
-
-
-def local_gpus(accelerator: Accelerator) -> list[int]:
-    """The GPUs of this machine that the run uses, as torch counts them."""
-    return list(range(data.local_processes())) if accelerator.device.type == "cuda" else []
 
 
 def calibration(splits: Splits, accelerator: Accelerator) -> batches.Plain:
@@ -131,11 +81,17 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
     loader = batches.Augmented(splits, section, models.num_classes(model), recipe.seed, accelerator)
     accelerator.print(f"  {loader.describe()}; {accelerator.mixed_precision.replace('no', 'fp32')}")
     average = ModelEmaV3(model, decay=section.ema_decay, use_warmup=True) if section.ema_decay else None
+    whole = copy.deepcopy(model) if devices.sharded(accelerator) else model  # what is evaluated and given back
     teaching = _teaching(recipe, list(teachers), model, kept, splits, accelerator, saved)
     plain = teaching.network if teaching else model
+    state = _State(model, whole, plain, average, teaching and teaching.store, accelerator)
+    found = saved and saved.load()
+    if found:
+        state.take_up(*found)
     slow_fused = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     fused = _unfused([model, *teachers]) if slow_fused else {}
     network, optimizer = accelerator.prepare(plain, _optimizer(model, plain, section))
+    state.optimizer = optimizer
     if section.compile:
         network = torch.compile(network)
     validation = eval_batches(splits.validation, splits, accelerator)
@@ -147,9 +103,8 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
     plain_loss = LabelSmoothingCrossEntropy(section.label_smoothing)
     if section.tracker:
         accelerator.init_trackers("vitopt")
-    state = _State(model, plain, optimizer, average, teaching and teaching.store, accelerator)
-    if saved and (found := saved.load()):
-        state.take_up(*found)
+    if found:
+        state.take_up_optimizer(*found)
         accelerator.print(f"  going on after step {state.step:,} of {steps:,}")
     bar = tqdm(total=steps, initial=state.step, unit="step", leave=False,
                disable=not (accelerator.is_main_process and sys.stderr.isatty()))
@@ -176,8 +131,8 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
                     if saved and state.step % len(loader):
                         _pause(state, saved, *pauses.look())
                 seconds = state.end_epoch(section)
-                chosen = average.module if average else model
-                with accelerator.autocast():
+                chosen = average.module if average else state.as_whole()
+                with devices.autocast(accelerator):
                     accuracy, _ = metrics.accuracy(chosen, validation, accelerator)
                 state.choose(chosen, accuracy)
                 state.history.append({
@@ -201,8 +156,8 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
         if state.best is None or saved is None:
             raise
         if accelerator.is_main_process:
-            model.load_state_dict(state.best)
-            models.save(model, saved.last_good)
+            whole.load_state_dict(state.best)
+            models.save(whole, saved.last_good)
         raise InputError(f"{error}; the model of epoch {len(state.history)} or before is kept in {saved.last_good}"
                          ) from error
     except RuntimeError as error:
@@ -214,14 +169,17 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
         bar.close()
         for tracker in accelerator.trackers:
             tracker.finish()
-        accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # takes autocast off the model
+        if devices.sharded(accelerator):
+            network.destroy()
+        else:
+            accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # takes autocast off the model
         for attention, was in fused.items():
             attention.fused_attn = was
         if teaching:
             teaching.close()
         accelerator.free_memory()
-    model.load_state_dict(state.best)
-    return model, state.history
+    whole.load_state_dict(state.best)
+    return whole, state.history
 
 
 def _pause(state: "_State", saved: Checkpoints, due: bool, stop: bool) -> None:
@@ -241,11 +199,12 @@ class _State:
     """A training under way: all that a checkpoint must hold, and nothing that a batch or a step can be told by its
     number."""
     model: nn.Module
+    whole: nn.Module  # the same, but where the weights of the model are sharded a copy of it
     network: nn.Module  # the model, with what only training has; as it was before it was wrapped
-    optimizer: torch.optim.Optimizer
     average: ModelEmaV3 | None
     store: Store | None
     accelerator: Accelerator
+    optimizer: torch.optim.Optimizer | None = None  # once it is prepared
     step: int = 0  # done so far, over all epochs
     losses: list[torch.Tensor] = field(default_factory=list)  # of this epoch's steps, on this process
     heard: dict[str, torch.Tensor] = field(default_factory=dict)  # of the store, from before the training was taken up
@@ -264,7 +223,8 @@ class _State:
         self.step += 1
         self.losses.append(loss)
         if self.average:
-            self.average.update(self.model, self.step)
+            with devices.whole_weights(self.model, self.accelerator):
+                self.average.update(self.model, self.step)
         if len(self.losses) % WATCHED_STEPS == 0:
             self._watch(self.losses[-WATCHED_STEPS:], section)
 
@@ -288,6 +248,13 @@ class _State:
                            "one, or set train.clip_grad: 1.0")
         return loss
 
+    def as_whole(self) -> nn.Module:
+        """The model as it is now."""
+        if self.whole is not self.model:
+            with devices.whole_weights(self.model, self.accelerator):
+                self.whole.load_state_dict(self.model.state_dict())
+        return self.whole
+
     def choose(self, model: nn.Module, accuracy: float) -> None:
         """Keep these weights if they are as good as the best so far."""
         if accuracy >= self.best_accuracy:
@@ -300,43 +267,63 @@ class _State:
         facts |= {"processes": self.accelerator.num_processes, "has_best": self.best is not None}
         facts["seconds"] = self.before + time.perf_counter() - self.start if self.losses else 0.0
         scaler = self.accelerator.scaler
-        facts |= {name: checkpoints.apart(content, name, tensors) for name, content in {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.module.state_dict() if self.average else {},
-            "scaler": scaler.state_dict() if scaler else {},
-            "losses": self._from_all({"losses": torch.stack(self.losses)} if self.losses else {}),
-            "heard": self._from_all(self.store.so_far() if self.store and self.losses else {}),
-        }.items()}
-        saved.write(self.model, self.best or self.model.state_dict(), tensors, facts)
+        state = devices.optimizer_state(self.optimizer, self.accelerator)
+        if devices.sharded(self.accelerator):
+            state = {"shards": [self._from_all(shard) for shard in state["shards"]]}
+        with devices.whole_weights(self.network, self.accelerator):
+            facts |= {name: checkpoints.apart(content, name, tensors) for name, content in {
+                "network": self.network.state_dict(),
+                "optimizer": state,
+                "average": self.average.module.state_dict() if self.average else {},
+                "scaler": scaler.state_dict() if scaler else {},
+                "losses": self._from_all({"losses": torch.stack(self.losses)} if self.losses else {}),
+                "heard": self._from_all(self.store.so_far() if self.store and self.losses else {}),
+            }.items()}
+            saved.write(self.whole, self.best or self.model.state_dict(), tensors, facts)
 
     def take_up(self, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-        """Go on where a checkpoint was written."""
+        """Go on where a checkpoint was written; before the model is wrapped."""
         for name in REMEMBERED:
             setattr(self, name, facts[name])
         if facts["has_best"]:  # the model was made with these weights
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         content = {name: checkpoints.together(facts[name], tensors)
-                   for name in ("network", "optimizer", "average", "scaler", "losses", "heard")}
+                   for name in ("network", "average", "losses", "heard")}
         self.network.load_state_dict(content["network"])
-        self.optimizer.load_state_dict(content["optimizer"])
         if self.average:
             self.average.module.load_state_dict(content["average"])
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
+        rank, device = self.accelerator.process_index, self.accelerator.device
         alike = facts["processes"] == self.accelerator.num_processes
         if "losses" in content["losses"]:
             losses = content["losses"]["losses"]
-            losses = losses[self.accelerator.process_index] if alike else losses.mean(0)
-            self.losses = list(losses.to(self.accelerator.device))
+            self.losses = list((losses[rank] if alike else losses.mean(0)).to(device))
         if alike:  # otherwise the teachers' outputs of this epoch are not stored
-            self.heard = {name: parts[self.accelerator.process_index].to(self.accelerator.device)
-                          for name, parts in content["heard"].items()}
+            self.heard = {name: parts[rank].to(device) for name, parts in content["heard"].items()}
         self.before = facts["seconds"]
+
+    def take_up_optimizer(self, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+        """The rest, once it is prepared.
+
+        Raises:
+            InputError: its shards are those of other processes.
+        """
+        content, scaler = (checkpoints.together(facts[name], tensors) for name in ("optimizer", "scaler"))
+        if devices.sharded(self.accelerator) or "shards" in content:
+            if "shards" not in content or facts["processes"] != self.accelerator.num_processes:
+                raise InputError(f"a checkpoint of {facts['processes']} process(es) "
+                                 f"{'with' if 'shards' in content else 'without'} DeepSpeed: go on with as many and "
+                                 "the same configuration, or remove its folder to begin anew")
+            rank = self.accelerator.process_index
+            content = {"shards": [{name: parts[rank] for name, parts in shard.items()}
+                                  for shard in content["shards"]]}
+        devices.load_optimizer_state(self.optimizer, content, self.accelerator)
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
 
     def _from_all(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors of all processes, (processes, …) each."""
-        return {name: self.accelerator.gather(tensor[None].contiguous()) for name, tensor in own.items()}
+        return {name: self.accelerator.gather(tensor.to(self.accelerator.device)[None].contiguous())
+                for name, tensor in own.items()}
 
 
 REMEMBERED = ("step", "first_loss", "history", "best_accuracy")
@@ -347,10 +334,13 @@ def _step(network: nn.Module, batch: batches.Batch, label_loss: nn.Module, teach
     """Add the gradients of a batch, computed in so many parts; its loss."""
     total = torch.zeros((), device=accelerator.device)
     for number, part in enumerate(batch.chunk(parts)):
-        with accelerator.no_sync(network) if number < parts - 1 else nullcontext():
+        last = number == parts - 1
+        if devices.sharded(accelerator):
+            accelerator.gradient_state._set_sync_gradients(last)  # no_sync is not for sharded gradients
+        with nullcontext() if last or devices.sharded(accelerator) else accelerator.no_sync(network):
             heard = teaching.hear(part, accelerator) if teaching else None
             outputs = network(part.images)
-            with accelerator.autocast():
+            with devices.autocast(accelerator):
                 if teaching:
                     loss = teaching.loss(outputs, part, label_loss, heard)
                 else:
