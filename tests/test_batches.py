@@ -1,5 +1,6 @@
 """Training batches do not depend on how many processes share them, nor on what came before."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from vitopt import batches, data
-from vitopt.recipe import Augment, Data, Train
+from vitopt.recipe import Augment, Data, InputError, Train
 
 GREY = {"channels": 1, "height": 16, "width": 16, "mean": [0.5], "std": [0.5], "interpolation": "bicubic",
         "crop_pct": 1.0}
@@ -103,6 +104,87 @@ def test_images_in_memory_are_those_that_stream(monkeypatch):
     for one, other in zip(augmented(loaded).epoch(1), augmented(streamed).epoch(1), strict=True):
         torch.testing.assert_close(one.images, other.images, atol=1e-5, rtol=0)
         assert torch.equal(one.labels, other.labels)
+
+
+@pytest.fixture(params=[0, 2], ids=["streamed", "streamed by workers"])
+def folder(request, tmp_path, monkeypatch):
+    """Splits of an image folder too large for memory: 120 training images and 120 for the test, and their files."""
+    monkeypatch.setattr(data, "MEMORY_BYTES", 0)
+    digits = data._digits()
+    for number, (image, target) in enumerate(digits[:480]):
+        split = "test" if number % 4 == 0 else "train"
+        (tmp_path / split / f"{target % 2}").mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / split / f"{target % 2}" / f"{number}.png")
+    section = Data(name="folder", root=str(tmp_path), validation=0.5, workers=request.param)
+
+    def load():
+        splits = data.load(section, GREY, Augment(**AUGMENT))
+        return splits, lambda part, position: Path(getattr(splits, part).path(position))
+    return load
+
+
+def test_a_corrupt_training_image_is_replaced_by_the_next_on_any_number_of_processes(folder, capsys):
+    splits, path = folder()
+    assert len(splits.train) == 180
+    whole = [list(augmented(splits, **AUGMENT, mixup=0.8).epoch(number)) for number in (1, 2)]
+    order = augmented(splits, **AUGMENT)._order(2).tolist()
+    path("train", 17).write_bytes(b"")
+    loader = augmented(splits, **AUGMENT, mixup=0.8)
+    again = [list(loader.epoch(number)) for number in (1, 2)]
+    said = capsys.readouterr().out
+    assert said.startswith("  left out: 1 of the 180 training images do not decode") and said.count("\n") == 1
+    assert [len(batch.images) for batch in again[1]] == [16] * 11
+    step, row = divmod(order.index(17), 16)
+    for number, (batch, other) in enumerate(zip(whole[1], again[1])):
+        assert torch.equal(batch.labels[torch.arange(16) != row], other.labels[torch.arange(16) != row])
+        assert (number == step) or torch.equal(batch.images, other.images)
+    if step < 11:
+        assert again[1][step].labels[row] == splits.train.targets[18]
+        shares = [list(augmented(splits, process(index, 2), **AUGMENT, mixup=0.8).epoch(2, step)) for index in (0, 1)]
+        for part in (shares[0][0], shares[1][0]):
+            assert torch.equal(part.images, again[1][step].images[part.rows])
+
+
+def test_evaluation_leaves_a_corrupt_image_out_and_counts_every_other_once(folder, capsys, monkeypatch):
+    splits, path = folder()
+    path("test", 11).write_bytes(b"")
+    shares = [list(batches.Plain(splits.test, splits.workers, process(index, 2), 8)) for index in (0, 1)]
+    assert "left out: 1 of the 120 test images do not decode" in capsys.readouterr().out
+    seen = torch.cat([images for share in shares for images, _ in share])
+    order = [position for index in (0, 1) for position in range(index, 120, 2) if position != 11]
+    torch.testing.assert_close(seen, torch.stack([splits.test[position][0] for position in order]))
+    monkeypatch.setattr(data, "MEMORY_BYTES", 10 ** 9)
+    kept, _ = folder()  # decoded once in memory: the same images
+    images, labels = zip(*batches.Plain(kept.test, 0, process(), 8))
+    order = [position for position in range(120) if position != 11]
+    torch.testing.assert_close(torch.cat(images), torch.stack([splits.test[position][0] for position in order]))
+    assert torch.equal(torch.cat(labels), splits.test.targets[order])
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("count", [3, 120])
+def test_more_than_one_in_a_hundred_corrupt_images_end_training_and_evaluation(folder, part, count):
+    splits, path = folder()
+    for position in range(count):
+        path(part, position).write_bytes(b"")
+    with pytest.raises(InputError, match=f"of the {len(getattr(splits, part))} {part}.*more than 1 %: mend or remove"):
+        if part == "train":
+            list(augmented(splits, **AUGMENT).epoch(1))
+        else:
+            list(batches.Plain(splits.test, splits.workers, process(), 8))
+
+
+def test_what_one_process_cannot_decode_counts_on_all(folder, monkeypatch, capsys):
+    splits, _ = folder()
+    elsewhere = {"far.png": "empty"}
+    monkeypatch.setattr(batches, "distributed", SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2,
+        all_gather_object=lambda everywhere, own: everywhere.__setitem__(slice(None), [own, elsewhere])))
+    assert len(list(batches.Plain(splits.test, splits.workers, process(0, 2), 8))) == 8
+    assert "left out: 1 of the 120 test images do not decode: far.png (empty)" in capsys.readouterr().out
+    elsewhere["away.png"] = "empty"
+    with pytest.raises(InputError, match="2 of the 120 test images do not decode: away.png, far.png"):
+        list(batches.Plain(splits.test, splits.workers, process(0, 2), 8))
 
 
 @pytest.mark.parametrize("augment, size, kept", [

@@ -1,5 +1,6 @@
 import urllib.error
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,27 +63,103 @@ def test_a_folder_in_the_place_of_a_known_data_set_is_read_instead_of_a_download
         data.load(Data(name="cifar10", root=str(folder)), COLOUR)
 
 
-@pytest.mark.parametrize("workers, memory", [(0, 0), (1, 0), (0, 10 ** 9)])
-def test_an_image_that_does_not_decode_is_named_also_from_a_worker(folder, monkeypatch, workers, memory):
+@pytest.fixture
+def large_folder(tmp_path):
+    """An image folder of two classes; training, validation and test have 120 images each, all of them different."""
+    for split, count in (("train", 120), ("test", 60)):
+        for c, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(np.full((4, 4), 2 * index + c, np.uint8)).save(tmp_path / split / name / f"{index}.png")
+    return tmp_path
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def wrong_checksum(path):
+    path.write_bytes(path.read_bytes().replace(b"IDAT", b"IDAt"))
+
+
+def no_image(path):
+    path.write_bytes(b"<html>404</html>")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def far_too_large(path):
+    path.write_bytes(path.read_bytes()[:16] + 2 * (10 ** 6).to_bytes(4, "big") + path.read_bytes()[24:])
+
+
+def load_halved(folder):
+    """The splits of `large_folder`, and the files of each."""
+    splits = data.load(Data(name="folder", root=str(folder), validation=0.5, workers=0), GREY)
+    return splits, {name: [getattr(splits, name).path(position) for position in range(len(getattr(splits, name)))]
+                    for name in ("train", "validation", "test")}
+
+
+@pytest.mark.parametrize("harm", [truncated, wrong_checksum, no_image, empty, far_too_large])
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_a_corrupt_image_among_a_hundred_is_left_out_of_its_part_and_said(large_folder, capsys, harm, part):
+    _, files = load_halved(large_folder)
+    assert capsys.readouterr().out == ""
+    broken = files[part][7]
+    harm(Path(broken))
+    splits, left = load_halved(large_folder)
+    for name in files:
+        assert left[name] == [file for file in files[name] if file != broken]
+        assert len(getattr(splits, name).pixels) == len(getattr(splits, name).targets) == len(left[name])
+    called = {"train": "training"}.get(part, part)
+    said = capsys.readouterr().out
+    assert said.startswith(f"  left out: 1 of the 120 {called} images do not decode: {broken} (")
+    assert said.count("\n") == 1
+    for name in files:  # each image has kept its own class and pixels
+        for position, file in enumerate(left[name]):
+            assert getattr(splits, name).targets[position] == (Path(file).parent.name == "dog")
+            assert (getattr(splits, name).pixels[position] == np.asarray(Image.open(file))[0, 0]).all()
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_more_than_one_corrupt_image_in_a_hundred_are_an_error_with_their_count_and_paths(large_folder, part):
+    _, files = load_halved(large_folder)
+    broken = sorted(files[part][:5])
+    for file in broken:
+        empty(Path(file))
+    with pytest.raises(InputError) as error:
+        load_halved(large_folder)
+    called = {"train": "training"}.get(part, part)
+    problem, = error.value.problems
+    assert problem.startswith(f"data: 5 of the 120 {called} images do not decode: {', '.join(broken[:3])}, … (")
+    assert problem.endswith(", which is more than 1 %: mend or remove them")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_single_corrupt_image_that_is_asked_for_is_named_also_from_a_worker(folder, monkeypatch, workers):
+    monkeypatch.setattr(data, "MEMORY_BYTES", 0)
     broken = folder / "test" / "dog" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(InputError) as error:  # whether images are decoded once or as they are asked for
-        monkeypatch.setattr(data, "MEMORY_BYTES", memory)
-        splits = data.load(Data(name="folder", root=str(folder)), COLOUR)
+    splits = data.load(Data(name="folder", root=str(folder)), COLOUR)
+    with pytest.raises(InputError) as error:
         list(DataLoader(splits.test, batch_size=4, num_workers=workers))
-    assert error.value.problems[0].splitlines()[-1].endswith("mend or remove it")
     assert f"{broken}: this image does not decode" in error.value.problems[0]
+    assert error.value.problems[0].splitlines()[-1].endswith("mend or remove it")
+
+
+def empty_class(folder, part="train"):
+    for image in (folder / part / "emu").iterdir():
+        image.unlink()
+
+
+def empty_class_of_the_test(folder):
+    empty_class(folder, "test")
 
 
 def remove_class(folder):
-    for image in (folder / "test" / "emu").iterdir():
-        image.unlink()
+    empty_class(folder, "test")
     (folder / "test" / "emu").rmdir()
-
-
-def empty_class(folder):
-    for image in (folder / "train" / "emu").iterdir():
-        image.unlink()
 
 
 def remove_test(folder):
@@ -91,7 +168,8 @@ def remove_test(folder):
 
 @pytest.mark.parametrize("harm, expected", [
     (remove_class, "the same classes; only one of them has emu"),
-    (empty_class, "emu"),
+    (empty_class, "Found no valid file for the classes emu"),
+    (empty_class_of_the_test, "Found no valid file for the classes emu"),
     (remove_test, "has no folder test"),
 ])
 def test_a_folder_that_is_not_whole_is_an_error_that_says_where(folder, harm, expected):

@@ -2,7 +2,8 @@
 
 Small sets live there decoded and are augmented there, a batch at a time; large ones stream through workers. Either way
 a training batch is a function of seed, epoch and step alone: it does not depend on how many processes share it, nor on
-what came before it, so it can be made again.
+what came before it, so it can be made again. An image that does not decode is left out of evaluation; in training the
+next one that does takes its place, with the same seed.
 """
 
 import hashlib
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from vitopt import augmentation
-from vitopt.data import Images, Splits
+from vitopt.data import Images, LeftOut, Splits
 from vitopt.recipe import Train
 
 
@@ -25,24 +27,39 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def _settle(left_out: LeftOut) -> None:
+    """Exchange between all processes, each of which must come here, what was left out, and say it."""
+    if distributed.is_available() and distributed.is_initialized():
+        everywhere = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everywhere, left_out.found)
+        for found in everywhere:
+            left_out.found |= found
+    left_out.add({})
+    left_out.say()
+
+
 class Plain:
     """This process's share of a part, without augmentation, in order: (images, class indices) a batch."""
 
     def __init__(self, part: Images, workers: int, accelerator: Accelerator, batch_size: int, limit: int | None = None):
-        self.part, self.device = part, accelerator.device
+        self.part, self.device, self.limit, self.left_out = part, accelerator.device, limit, LeftOut(part)
         count = min(len(part), limit or len(part))
         positions = list(range(accelerator.process_index, count, accelerator.num_processes))
         self.chunks = [positions[first:first + batch_size] for first in range(0, len(positions), batch_size)]
         self.loader = None if part.pixels is not None else DataLoader(
-            part, batch_sampler=self.chunks, num_workers=workers, pin_memory=self.device.type == "cuda")
+            part, None, sampler=self.chunks, num_workers=workers, pin_memory=self.device.type == "cuda")
 
     def __len__(self):
         return len(self.chunks)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if self.loader is not None:
-            for images, targets in self.loader:
-                yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            for images, targets, lost in self.loader:
+                self.left_out.add(lost)
+                if len(images):
+                    yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            if self.limit is None:  # who asks for the first images only may stop earlier on one process than on another
+                _settle(self.left_out)
             return
         size = self.part.size
         for chunk in self.chunks:
@@ -81,8 +98,9 @@ class Augmented:
         if self.part.pixels is not None:
             self.pixels, self.targets = self.part.pixels.to(self.device), self.part.targets.to(self.device)
         else:
+            self.left_out = LeftOut(self.part)
             self.keys = []  # batches of the epoch under way; the loader, and its workers, outlive an epoch
-            self.loader = DataLoader(self.part, batch_sampler=self.keys, num_workers=splits.workers,
+            self.loader = DataLoader(self.part, None, sampler=self.keys, num_workers=splits.workers,
                                      persistent_workers=splits.workers > 0, pin_memory=self.device.type == "cuda")
 
     def __len__(self):
@@ -131,8 +149,10 @@ class Augmented:
             generator = torch.Generator().manual_seed(seed_of(self.seed, number, step))
             seeds = torch.randint(2 ** 62, (self.section.batch_size,), generator=generator)[self.rows]
             self.keys.append(list(zip(positions.tolist(), seeds.tolist())))
-        for images, labels in self.loader:
+        for images, labels, lost in self.loader:
+            self.left_out.add(lost)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        _settle(self.left_out)
 
 
 def rows(batch_size: int, process: int, processes: int) -> torch.Tensor:

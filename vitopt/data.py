@@ -3,6 +3,8 @@
 The test set is what the data set calls so (digits: a fifth, stratified) and is used once, at the end. Validation
 images are taken from the training images, stratified, and are the same for every row whatever its seed, so that no
 row is chosen by images on which its ancestor was trained.
+
+An image that does not decode is left out of every part alike and counted; more than one in a hundred are an error.
 """
 
 import hashlib
@@ -19,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_dataset, create_transform
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 
 from vitopt import augmentation
@@ -40,15 +43,27 @@ class Splits:
     workers: int  # processes that decode images beside each training process
 
 
+class Undecodable(InputError):
+    """An image that does not decode."""
+
+    def __init__(self, problem: str, path: str = "", reason: str = ""):  # a DataLoader raises it again from its text
+        super().__init__(problem)
+        self.path, self.reason = path, reason
+
+
 class Images(torch.utils.data.Dataset):
     """The images of `source` at `indices`, in the mode and through the transform given.
 
     An item is asked for by its position, or by (position, seed): the seed alone then decides what chance does to it.
-    `pixels` holds all of them decoded, uint8 of (N, C, H, W) before any augmentation, where they fit in memory.
+    A list of positions gives a batch: images, class indices, and the images that do not decode, path: reason. These are
+    missing from the batch; one that was asked for with a seed is replaced by the next in order that decodes.
+    `pixels` holds all of them decoded, uint8 of (N, C, H, W) before any augmentation, where they fit in memory. `name`
+    is what the part is called in messages.
     """
 
-    def __init__(self, source, indices, mode: str, transform: Callable, size: dict):
-        self.source, self.indices, self.mode, self.transform, self.size = source, indices, mode, transform, size
+    def __init__(self, source, indices, name: str, mode: str, transform: Callable, size: dict):
+        self.source, self.indices, self.name, self.mode = source, indices, name, mode
+        self.transform, self.size = transform, size
         self.targets = torch.as_tensor(_targets(source)[indices])
         self.pixels = None
 
@@ -56,13 +71,71 @@ class Images(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, key):
+        if isinstance(key, list):
+            return self._batch(key)
         position, seed = key if isinstance(key, tuple) else (key, None)
+        index = self.indices[position]
+        try:
+            image, target = self.source[index]
+            image = image.convert(self.mode)
+        except Exception as error:  # Pillow has no error of its own: OSError, SyntaxError, ValueError, struct.error, …
+            path, reason = self.path(position), " ".join(str(error).split()) or type(error).__name__
+            raise Undecodable(f"{path}: this image does not decode ({reason}): mend or remove it", path,
+                              reason) from error
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2 ** 32)
             torch.manual_seed(seed)
-        image, target = self.source[self.indices[position]]
-        return self.transform(image.convert(self.mode)), int(target)
+        return self.transform(image), int(target)
+
+    def _batch(self, keys):
+        items, lost = [], {}
+        for key in keys:
+            position, seed = key if isinstance(key, tuple) else (key, None)
+            candidates = 1 if seed is None else tolerated(self) + 1
+            for candidate in range(position, position + candidates):
+                try:
+                    items.append(self[candidate % len(self), seed])
+                    break
+                except Undecodable as error:
+                    lost[error.path] = error.reason
+        images, targets = default_collate(items) if items else (torch.empty(0), torch.empty(0))
+        return images, targets, lost
+
+    def path(self, position: int) -> str:
+        """The file of an image, or its number in the source."""
+        samples = getattr(self.source, "samples", None)
+        return f"image {self.indices[position]}" if samples is None else samples[self.indices[position]][0]
+
+
+class LeftOut:
+    """The images of a part that do not decode, path: reason, as workers and processes come upon them."""
+
+    def __init__(self, part: Images):
+        self.part, self.found, self.said = part, {}, 0
+
+    def add(self, lost: dict[str, str]) -> None:
+        """Raise InputError where they are more than can be tolerated."""
+        self.found |= lost
+        if len(self.found) > tolerated(self.part):
+            raise InputError(f"data: {self._description()}, which is more than 1 %: mend or remove them")
+
+    def say(self) -> None:
+        """Print one line on the main process, where there are more than at the last time."""
+        if len(self.found) > self.said and int(os.environ.get("RANK", 0)) == 0:
+            print(f"  left out: {self._description()}", flush=True)
+        self.said = len(self.found)
+
+    def _description(self) -> str:
+        paths = sorted(self.found)
+        more = ", …" if len(paths) > 3 else ""
+        return (f"{len(paths):,} of the {len(self.part):,} {self.part.name} images do not decode: "
+                f"{', '.join(paths[:3])}{more} ({self.found[paths[0]]})")
+
+
+def tolerated(part: Images) -> int:
+    """How many images of a part may be left out because they do not decode: one in a hundred."""
+    return len(part) // 100
 
 
 def num_classes(section: Data) -> int:
@@ -83,7 +156,7 @@ def load(section: Data, size: dict, augment: Augment = Augment()) -> Splits:
         augment: what is done to the training images.
 
     Raises:
-        InputError: the images are not there, or too few to split.
+        InputError: the images are not there, too few to split, or too many of them do not decode.
     """
     if section.name == "digits":
         train = test = _digits()
@@ -102,17 +175,18 @@ def load(section: Data, size: dict, augment: Augment = Augment()) -> Splits:
     plain = _plain(size)
     workers = _workers(section)
     splits = Splits(
-        train=Images(train, train_indices, mode, _augmenting(size, augment), size),
-        calibration=Images(train, train_indices, mode, plain, size),
-        validation=Images(train, validation_indices, mode, plain, size),
-        test=Images(test, test_indices, mode, plain, size),
+        train=Images(train, train_indices, "training", mode, _augmenting(size, augment), size),
+        calibration=Images(train, train_indices, "training", mode, plain, size),
+        validation=Images(train, validation_indices, "validation", mode, plain, size),
+        test=Images(test, test_indices, "test", mode, plain, size),
         classes=[str(name) for name in train.classes],
         workers=workers,
     )
     if _fit_in_memory(splits, augment):
         for part in (splits.calibration, splits.validation, splits.test):
-            part.pixels = _decoded(part, workers)
-        splits.train.pixels = splits.calibration.pixels
+            _keep_decoded(part, workers)
+        for name in ("pixels", "indices", "targets"):
+            setattr(splits.train, name, getattr(splits.calibration, name))
     return splits
 
 
@@ -136,16 +210,29 @@ def _fit_in_memory(splits: Splits, augment: Augment) -> bool:
     return True
 
 
-def _decoded(part: Images, workers: int) -> torch.Tensor:
-    """All images of a part, as evaluation sees them, before they become numbers around zero."""
+def _keep_decoded(part: Images, workers: int) -> None:
+    """Keep all images of a part, as evaluation sees them, before they become numbers around zero."""
     key = hashlib.sha256(json.dumps([fingerprint(part), part.mode, part.size]).encode()).hexdigest()
     if key not in _DECODED:
-        whole = Images(part.source, part.indices, part.mode, _plain(part.size, use_prefetcher=True), part.size)
-        loader = torch.utils.data.DataLoader(whole, 256, num_workers=workers if len(whole) > 5000 else 0)
+        transform = _plain(part.size, use_prefetcher=True)
+        whole = Images(part.source, part.indices, part.name, part.mode, transform, part.size)
+        positions = list(range(len(whole)))
+        chunks = [positions[first:first + 256] for first in range(0, len(positions), 256)]
+        loader = DataLoader(whole, None, sampler=chunks, num_workers=workers if len(whole) > 5000 else 0)
+        left_out, decoded = LeftOut(whole), []
+        for images, _, lost in loader:
+            left_out.add(lost)
+            decoded.append(images)
         while len(_DECODED) >= 3:  # the parts of one set of rows
             del _DECODED[next(iter(_DECODED))]
-        _DECODED[key] = torch.cat([images for images, _ in loader])
-    return _DECODED[key]
+        _DECODED[key] = torch.cat(decoded), left_out.found
+    part.pixels, lost = _DECODED[key]
+    if lost:
+        left_out = LeftOut(part)
+        left_out.add(lost)
+        left_out.say()
+        kept = [position for position in range(len(part)) if part.path(position) not in lost]
+        part.indices, part.targets = [part.indices[position] for position in kept], part.targets[kept]
 
 
 _DECODED = {}
@@ -260,12 +347,9 @@ def _class_folders(section: Data) -> list[str]:
 
 
 def _decode(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except OSError as error:
-        raise InputError(f"{path}: this image does not decode ({error}): mend or remove it") from error
+    with Image.open(path) as image:
+        image.load()
+        return image
 
 
 def _targets(source) -> np.ndarray:
