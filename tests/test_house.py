@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vitopt"
-FLOORS = [{"recipe", "distillation", "energy"}, {"layouts", "augmentation"}, {"model", "data"},
-          {"metrics", "batches", "devices"}, {"pruning", "store", "checkpoints"}, {"inspection", "teaching"},
-          {"runs", "training"}, {"report", "sensitivity"}, {"__init__", "__main__"}]
+FLOORS = [{"recipe", "distillation", "energy"}, {"layouts", "augmentation", "corruption", "hub"}, {"streams"},
+          {"model", "data"}, {"metrics", "batches", "devices"}, {"pruning", "store", "checkpoints"},
+          {"inspection", "teaching"}, {"runs", "training"}, {"report", "sensitivity"}, {"__init__", "__main__"}]
 
 
 def modules():
@@ -31,7 +31,8 @@ def test_every_module_imports_only_what_stands_below_it():
 
 
 def test_each_foreign_library_has_one_door():
-    doors = {"torch_pruning": "pruning", "codecarbon": "energy", "fvcore": "metrics"}
+    doors = {"torch_pruning": "pruning", "codecarbon": "energy", "fvcore": "metrics", "webdataset": "streams",
+             "datasets": "hub"}
     for library, door in doors.items():
         users = {name for name, paths in modules().items() for path in paths
                  if f"import {library}" in (text := path.read_text()) or f"from {library}" in text}

@@ -121,6 +121,17 @@ def test_the_schema_and_the_reader_agree_on_what_seeds_are(write_recipe, seed, a
     assert (problems_of(write_recipe, seed=seed) == []) == accepted
 
 
+@pytest.mark.parametrize("section, accepted", [
+    ({"name": "hfds/org/pets"}, True), ({"name": "hfds", "root": "pets"}, True),
+    ({"name": "wds", "root": "pets", "splits": {"test": "val"}, "num_classes": 37}, True),
+    ({"name": "hfds/"}, False), ({"name": "pets"}, False), ({"name": 3}, False),
+    ({"name": "wds", "root": "pets", "splits": {"tset": "val"}}, False)])
+def test_the_schema_and_the_reader_agree_on_what_data_are(write_recipe, section, accepted):
+    recipe = {"model": {"name": "x"}, "data": section}
+    assert jsonschema.Draft202012Validator(Recipe.model_json_schema()).is_valid(recipe) == accepted
+    assert (problems_of(write_recipe, data=section) == []) == accepted
+
+
 def test_seeds_can_be_given_on_the_command_line(write_recipe):
     recipes, problems = read([write_recipe("a", seed=7)], ["seed=[0, 1]"])
     assert not problems and next(iter(recipes.values())).seed == [0, 1]

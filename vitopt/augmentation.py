@@ -7,7 +7,9 @@ levels are the same. Geometric operations of RandAugment interpolate linearly.
 """
 
 import math
+import random
 
+import numpy as np
 import torch
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torchvision.transforms.v2 import InterpolationMode, functional as F
@@ -106,6 +108,13 @@ def apply(images: torch.Tensor, draws: dict[str, torch.Tensor], augment: Augment
     if augment.random_erasing:
         _erase(views, draws["erase"], draws["hole"])
     return views
+
+
+def seed_chance(seed: int) -> None:
+    """Let this number of up to 64 bits decide what timm's and torchvision's transforms draw next in this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
 
 
 def normalise(images: torch.Tensor, mean: list[float], std: list[float], size: tuple[int, int]) -> torch.Tensor:

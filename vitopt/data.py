@@ -10,7 +10,6 @@ An image that does not decode is left out of every part alike and counted; more 
 import hashlib
 import json
 import os
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -24,8 +23,10 @@ from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 
-from vitopt import augmentation
+from vitopt import augmentation, hub, streams
+from vitopt.corruption import LeftOut, Undecodable, tolerated
 from vitopt.recipe import Augment, Data, InputError
+from vitopt.streams import Stream
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "mnist": 10, "kmnist": 10, "fashion_mnist": 10}
 SPLIT_SEED = 0
@@ -35,20 +36,12 @@ MEMORY_BYTES = 2 << 30  # so many bytes of decoded images are kept in memory; mo
 @dataclass(frozen=True)
 class Splits:
     """Each item is (float tensor of (C, H, W), class index). Only `train` is augmented."""
-    train: "Images"
-    calibration: "Images"  # the training images as they are, in random order, to rank channels on
-    validation: "Images"
-    test: "Images"
+    train: "Images | Stream"
+    calibration: "Images | Stream"  # the training images as they are, in random order, to rank channels on
+    validation: "Images | Stream"
+    test: "Images | Stream"
     classes: list[str]
     workers: int  # processes that decode images beside each training process
-
-
-class Undecodable(InputError):
-    """An image that does not decode."""
-
-    def __init__(self, problem: str, path: str = "", reason: str = ""):  # a DataLoader raises it again from its text
-        super().__init__(problem)
-        self.path, self.reason = path, reason
 
 
 class Images(torch.utils.data.Dataset):
@@ -83,9 +76,7 @@ class Images(torch.utils.data.Dataset):
             raise Undecodable(f"{path}: this image does not decode ({reason}): mend or remove it", path,
                               reason) from error
         if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2 ** 32)
-            torch.manual_seed(seed)
+            augmentation.seed_chance(seed)
         return self.transform(image), int(target)
 
     def _batch(self, keys):
@@ -103,48 +94,22 @@ class Images(torch.utils.data.Dataset):
         return images, targets, lost
 
     def path(self, position: int) -> str:
-        """The file of an image, or its number in the source."""
-        samples = getattr(self.source, "samples", None)
-        return f"image {self.indices[position]}" if samples is None else samples[self.indices[position]][0]
-
-
-class LeftOut:
-    """The images of a part that do not decode, path: reason, as workers and processes come upon them."""
-
-    def __init__(self, part: Images):
-        self.part, self.found, self.said = part, {}, 0
-
-    def add(self, lost: dict[str, str]) -> None:
-        """Raise InputError where they are more than can be tolerated."""
-        self.found |= lost
-        if len(self.found) > tolerated(self.part):
-            raise InputError(f"data: {self._description()}, which is more than 1 %: mend or remove them")
-
-    def say(self) -> None:
-        """Print one line on the main process, where there are more than at the last time."""
-        if len(self.found) > self.said and int(os.environ.get("RANK", 0)) == 0:
-            print(f"  left out: {self._description()}", flush=True)
-        self.said = len(self.found)
-
-    def _description(self) -> str:
-        paths = sorted(self.found)
-        more = ", …" if len(paths) > 3 else ""
-        return (f"{len(paths):,} of the {len(self.part):,} {self.part.name} images do not decode: "
-                f"{', '.join(paths[:3])}{more} ({self.found[paths[0]]})")
-
-
-def tolerated(part: Images) -> int:
-    """How many images of a part may be left out because they do not decode: one in a hundred."""
-    return len(part) // 100
+        """Where an image is, for messages."""
+        index, samples = self.indices[position], getattr(self.source, "samples", None)
+        if samples is not None:
+            return samples[index][0]
+        return self.source.path(index) if isinstance(self.source, hub.Rows) else f"image {index}"
 
 
 def num_classes(section: Data) -> int:
     """Number of classes, without reading an image.
 
     Raises:
-        InputError: an image folder is not there or its two parts do not have the same classes.
+        InputError: an image folder is not there or its two parts do not have the same classes, or nothing tells them.
     """
-    return NUM_CLASSES.get(section.name) or len(_class_folders(section))
+    if section.name == "wds":
+        return len(streams.classes(section))
+    return NUM_CLASSES.get(section.name) or len(hub.classes(section) if _on_hub(section) else _class_folders(section))
 
 
 def load(section: Data, size: dict, augment: Augment = Augment()) -> Splits:
@@ -158,28 +123,24 @@ def load(section: Data, size: dict, augment: Augment = Augment()) -> Splits:
     Raises:
         InputError: the images are not there, too few to split, or too many of them do not decode.
     """
-    if section.name == "digits":
-        train = test = _digits()
-        train_indices, test_indices = _stratified(section, _targets(train), 0.2, range(len(train)))
-    else:
-        train, test = (_torchvision(section, split) for split in ("train", "test"))
-        train_indices, test_indices = range(len(train)), range(len(test))
-    train_targets = _targets(train)
-    if section.limit:
-        train_indices = _limited(section, train_targets, train_indices)
-        test_indices = _limited(section, _targets(test), test_indices)
-    train_indices, validation_indices = _stratified(section, train_targets, section.validation, train_indices)
     mode = {1: "L", 3: "RGB"}.get(size["channels"])
     if mode is None:
         raise InputError(f"model.in_chans: {size['channels']}: images have 1 channel or 3: take one of these")
-    plain = _plain(size)
-    workers = _workers(section)
+    plain, augmenting, workers = _plain(size), _augmenting(size, augment), _workers(section)
+    if section.name == "wds":
+        shards, classes = streams.find(section, SPLIT_SEED), streams.classes(section)
+
+        def stream(part: str, name: str, transform: Callable) -> Stream:
+            return Stream(name, shards[part], mode, transform, size, len(classes), workers)
+        return Splits(stream("train", "training", augmenting), stream("train", "training", plain),
+                      stream("validation", "validation", plain), stream("test", "test", plain), classes, workers)
+    parts = _divided(section)
     splits = Splits(
-        train=Images(train, train_indices, "training", mode, _augmenting(size, augment), size),
-        calibration=Images(train, train_indices, "training", mode, plain, size),
-        validation=Images(train, validation_indices, "validation", mode, plain, size),
-        test=Images(test, test_indices, "test", mode, plain, size),
-        classes=[str(name) for name in train.classes],
+        train=Images(*parts["train"], "training", mode, augmenting, size),
+        calibration=Images(*parts["train"], "training", mode, plain, size),
+        validation=Images(*parts["validation"], "validation", mode, plain, size),
+        test=Images(*parts["test"], "test", mode, plain, size),
+        classes=[str(name) for name in parts["train"][0].classes],
         workers=workers,
     )
     if _fit_in_memory(splits, augment):
@@ -188,6 +149,26 @@ def load(section: Data, size: dict, augment: Augment = Augment()) -> Splits:
         for name in ("pixels", "indices", "targets"):
             setattr(splits.train, name, getattr(splits.calibration, name))
     return splits
+
+
+def _divided(section: Data) -> dict[str, tuple]:
+    """The source of train, validation and test, and which of its images are meant."""
+    if section.name == "digits":
+        digits = _digits()
+        train, test = _stratified(section, _targets(digits), 0.2, range(len(digits)))
+        parts = {"train": (digits, train), "test": (digits, test)}
+    else:
+        found = hub.load(section) if _on_hub(section) else {
+            split: _torchvision(section, split) for split in ("train", "test")}
+        parts = {part: (source, range(len(source))) for part, source in found.items()}
+    if section.limit:
+        parts = {part: (source, _limited(section, _targets(source), indices))
+                 for part, (source, indices) in parts.items()}
+    if "validation" not in parts:
+        source, indices = parts["train"]
+        train, validation = _stratified(section, _targets(source), section.validation, indices)
+        parts |= {"train": (source, train), "validation": (source, validation)}
+    return parts
 
 
 def _plain(size: dict, **options) -> Callable:
@@ -238,8 +219,10 @@ def _keep_decoded(part: Images, workers: int) -> None:
 _DECODED = {}
 
 
-def fingerprint(part: Images) -> str:
+def fingerprint(part: Images | Stream) -> str:
     """A digest of which images a part holds, without decoding them: of files the path, size and time."""
+    if isinstance(part, Stream):
+        return part.fingerprint()
     digest = hashlib.sha256(np.asarray(part.indices, dtype=np.int64).tobytes())
     digest.update(part.targets.numpy().tobytes())
     samples = getattr(part.source, "samples", None)
@@ -314,6 +297,10 @@ def _torchvision(section: Data, split: str):
 
 def _is_folder(section: Data) -> bool:
     return section.name == "folder" or section.root is not None and (Path(section.root) / "train").is_dir()
+
+
+def _on_hub(section: Data) -> bool:
+    return section.name.startswith("hfds")
 
 
 def _part(section: Data, split: str) -> Path:

@@ -7,13 +7,14 @@ in any of the files given is said at once, each mistake with its file, key, valu
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -97,18 +98,55 @@ class Model(Section):
         return self
 
 
+KNOWN_DATA = Literal["digits", "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "folder", "wds", "hfds"]
+ON_HUB = Annotated[str, Field(pattern="^hfds/.")]
+
+
+class SplitNames(Section):
+    """Which splits of a data set are meant; of WebDataset also which shards, such as train-{0000..0015}.tar|50000."""
+
+    train: str | None = Field(None, description="a split, or shards such as train-{0000..0015}.tar")
+    validation: str | None = Field(None, description="a split or shards; without it some of train are held out")
+    test: str | None = Field(None, description="a split, or shards such as test-{0000..0003}.tar")
+
+
 class Data(Section):
-    name: Literal["digits", "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "folder"] = Field(
-        description="digits (comes with scikit-learn), a data set of torchvision, or folder")
+    name: str = Field(
+        description="digits (comes with scikit-learn), a data set of torchvision, folder, wds (WebDataset shards), "
+                    "hfds/<name> (of the Hugging Face Hub) or hfds (its library's files in a folder)")
     root: str | None = Field(
-        None, description="an image folder with train/<class>/*.jpg and test/<class>/*.jpg; "
-                          "without these, where torchvision keeps its downloads")
+        None, description="an image folder with train/<class>/*.jpg and test/<class>/*.jpg; the folder or URL of "
+                          "shards; without these, where downloads are kept")
+    splits: SplitNames | None = Field(None, description="of wds and hfds, where they are not called train and test")
+    num_classes: int | None = Field(None, ge=2, description="of wds and hfds, where nothing tells, such as 100")
     validation: float = Field(
-        0.1, gt=0, le=0.5, description="share of the training images held out to choose the best epoch, such as 0.1")
+        0.1, gt=0, le=0.5, description="share of the training images (of wds: of its shards) held out to choose the "
+                                       "best epoch, such as 0.1")
     limit: int | None = Field(
         None, ge=2, description="at most so many training images, and as many test images, for a quick try")
     workers: int | None = Field(
         None, ge=0, description="processes that decode images beside each training process, such as 4")
+
+    @field_validator("name", mode="before", json_schema_input_type=KNOWN_DATA | ON_HUB)
+    @classmethod
+    def _known(cls, value):
+        known = get_args(KNOWN_DATA)
+        if value not in known and not (isinstance(value, str) and re.match("hfds/.", value)):
+            raise ValueError(f"{value!r} should be {', '.join(map(repr, known))} or hfds/<name>")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_fit(self):
+        if self.name in ("wds", "hfds") and not self.root:
+            raise ValueError(f"root: is missing: {self.name} needs the folder of the "
+                             f"{'shards, or its URL' if self.name == 'wds' else 'files'}")
+        if self.name == "wds" and self.limit:
+            raise ValueError("limit: a stream is read as a whole: leave it out, or name fewer shards in splits")
+        if self.name != "wds" and not self.name.startswith("hfds"):
+            for key in ("splits", "num_classes"):
+                if getattr(self, key):
+                    raise ValueError(f"{key}: {self.name} knows its own: leave it out")
+        return self
 
 
 class Target(Section):
@@ -328,6 +366,8 @@ class Recipe(Section):
             raise ValueError("distill needs a train section: add one")
         if self.prune and self.prune.steps > 1 and not self.train:
             raise ValueError("prune.steps needs a train section, for the training between the cuts: add one")
+        if self.data.name == "wds" and self.train and self.train.augment.repeats > 1:
+            raise ValueError("train.augment.repeats: a stream gives each image once an epoch: leave it out")
         return self
 
 
