@@ -55,8 +55,7 @@ def make(row, force):
         numbers, history, cuts = {}, [], pruning.steps(model.to(accelerator.device), recipe.prune)
         saved, under_way = runs.open_checkpoints(row, accelerator)
         model, done, teachers = under_way or model, saved.cuts, runs.teachers(row)
-        with energy.window(tracker, row.name, saved.used) if recipe.train else nullcontext(energy.NOTHING) as used:
-            saved.reading = used
+        with energy.window(tracker, row.name, saved.used) if recipe.train else nullcontext() as saved.reading:
             for cut in cuts[len(done):]:
                 if done:
                     between = training.for_epochs(recipe, cut.step_epochs)
@@ -68,6 +67,7 @@ def make(row, force):
                 model, history = training.train(model, recipe, splits, accelerator, teachers,
                                                 runs.kept_of_teacher(row, done), saved)
                 numbers = training.chosen_epoch(history)
+        used = devices.of_machines(saved.reading, accelerator)
         numbers["accuracy"], numbers["test_images"] = training.evaluate(model, splits.test, splits, accelerator)
         if accelerator.is_main_process:
             print(f"  test accuracy {numbers['accuracy']:.2f} %, measuring")

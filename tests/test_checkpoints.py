@@ -29,6 +29,7 @@ CASES = {
     "augmented, with an average of the weights": {},
     "taught, with projections": {"distill": {"teacher": "t", "features": {}, "relations": {}, "attention": {}}},
     "with stored logits": {"distill": {"teacher": "t", "store": True}},
+    "in parts, without an average": {"train": TRAIN | {"ema_decay": None, "accumulate": 2}},
     "images through workers": {"data": {"name": "folder", "limit": 300, "workers": 2},
                                "train": TRAIN | {"augment": STREAMED, "accumulate": 2, "optimizer": "lion"}},
 }
@@ -49,8 +50,9 @@ def run(case, folder):
     saved = Checkpoints(folder / "row", accelerator)
     model = saved.open() or model
     model, history = training.train(model, recipe, splits, accelerator, teachers, saved=saved)
-    models.save(model, folder / "model")
-    (folder / "history.json").write_text(json.dumps(history))
+    if accelerator.is_main_process:
+        models.save(model, folder / "model")
+        (folder / "history.json").write_text(json.dumps(history))
 
 
 def result(folder):

@@ -68,3 +68,34 @@ def test_gpus_are_named_as_nvml_counts_them(monkeypatch, visible, gpus, expected
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert energy._nvml_indices(gpus) == expected
+
+
+def test_a_reading_goes_on_where_an_earlier_one_ended():
+    class Tracker:
+        _hardware = ()
+
+        def start_task(self, name):
+            pass
+
+        def stop_task(self, name):
+            return type("Used", (), {"energy_consumed": 6.0, "cpu_energy": 1.0, "gpu_energy": 2.0, "ram_energy": 3.0})
+    with energy.window(Tracker(), "x") as reading:
+        reading.lap()
+    assert [reading[part] for part in energy.PARTS] == [12.0, 2.0, 4.0, 6.0]
+    with energy.window(Tracker(), "y", dict(reading)) as more:
+        pass
+    assert more["energy_kwh"] == 18.0 and more["seconds"] > reading["seconds"] and more["power_source"] == "estimated"
+
+
+def test_machines_add_up_and_what_two_launches_share_on_one_host_counts_once():
+    def reading(host, cpu, gpu, ram, seconds, source="measured"):
+        return {"host": host, "seconds": seconds, "cpu_kwh": cpu, "gpu_kwh": gpu, "ram_kwh": ram,
+                "energy_kwh": cpu + gpu + ram, "power_source": source}
+    both = energy.total([reading("a", 1.0, 10.0, 0.5, 3600.0), reading("b", 2.0, 20.0, 0.25, 1800.0)])
+    assert (both["cpu_kwh"], both["gpu_kwh"], both["ram_kwh"], both["energy_kwh"]) == (3.0, 30.0, 0.75, 33.75)
+    assert both["seconds"] == 3600.0 and both["power_w"] == pytest.approx(33750) and both["power_source"] == "measured"
+    shared = energy.total([reading("a", 1.0, 10.0, 0.5, 3600.0), reading("a", 1.5, 20.0, 0.25, 3600.0, "estimated")])
+    assert (shared["cpu_kwh"], shared["gpu_kwh"], shared["ram_kwh"]) == (1.5, 30.0, 0.5)
+    assert shared["power_source"] == "estimated"
+    without = energy.total([reading("a", 1.0, 1.0, 1.0, 1.0), energy.NOTHING | {"host": "b", "energy_kwh": None}])
+    assert without["energy_kwh"] is None and without["power_source"] == "unavailable"

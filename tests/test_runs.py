@@ -29,7 +29,7 @@ def finish(tiny):
         with runs.writing(row, Accelerator(cpu=True)):
             folder = runs.unfinished(row.folder)
             models.save(tiny(**kwargs), folder)
-            runs.write(folder, row, MEASURED | {"inference": energy.NOTHING}, [], [], energy.NOTHING, 1)
+            runs.write(folder, row, MEASURED | {"inference": energy.NOTHING}, [], [], [], 1)
     return write
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,12 +37,15 @@ RECIPES = {
 }
 
 
+def environment():
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | {"PATH": path}
+
+
 def command(*words, cwd, check=True):
     """Run a command of this environment; its exit code and what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    alone = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run([str(word) for word in words], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=alone | {"PATH": path})
+                          stderr=subprocess.STDOUT, env=environment())
     assert not check or done.returncode == 0, done.stdout
     return done
 
@@ -155,6 +159,28 @@ def test_one_and_two_processes_train_alike(story):
     assert one["validation_accuracy"].tolist() == pytest.approx(two["validation_accuracy"].tolist(), abs=3.4)
 
 
+def test_two_launches_on_the_loopback_address_train_as_two_machines_and_both_are_read(story):
+    folder, _, _ = story
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1",
+             "--main_process_port", port, RUN, folder / "recipes" / "baseline.yaml", "data.limit=301", "output=far"]
+    ranks = [[str(word) for word in [*LAUNCH, "--machine_rank", rank, *words]] for rank in (0, 1)]
+    other = subprocess.Popen(ranks[1], cwd=folder, env=environment(),
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    printed = command(*ranks[0], cwd=folder).stdout
+    assert other.wait() == 0, other.stdout.read()
+    assert printed.startswith("2 process(es) on cpu")
+    near, far = (pd.read_csv(folder / path / "recipes" / "baseline" / "history.csv") for path in ("runs", "far"))
+    assert far["loss"].tolist() == near["loss"].tolist()
+    used = pd.read_csv(folder / "far" / "recipes" / "baseline" / "energy.csv")
+    assert used["phase"].tolist() == ["train", "train", "inference"]
+    numbers = json.loads((folder / "far" / "recipes" / "baseline" / "metrics.json").read_text())
+    shared = used[:2]  # one host, whose CPU and memory count once
+    assert numbers["train_energy_kwh"] == pytest.approx(shared["cpu_kwh"].max() + shared["ram_kwh"].max())
+
+
 def test_one_process_replays_the_teachers_outputs_that_two_have_stored(story):
     folder, _, _ = story
     stored = {file: file.stat().st_mtime_ns for file in folder.glob("runs/recipes/.teacher_logits/*/*")}
@@ -168,9 +194,8 @@ def test_one_process_replays_the_teachers_outputs_that_two_have_stored(story):
 
 def begin(*words, cwd, until="epoch 2/", **options):
     """Start a command that trains for long, and come back once it has printed this."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen([str(word) for word in words], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, env=os.environ | {"PATH": path}, **options)
+                               stderr=subprocess.STDOUT, env=environment(), **options)
     printed = []
     for line in process.stdout:
         printed.append(line)

@@ -7,6 +7,7 @@ these, as sha256sum writes them. It is written beside its place and renamed.
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import threading
@@ -21,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
 
-from vitopt import model as models
+from vitopt import devices, model as models
 from vitopt.recipe import Stopped, Train
 
 FILES = ("model.json", "model.safetensors", "pruned.json", "recipe.yaml", "state.json", "state.safetensors")
@@ -66,8 +67,10 @@ class Checkpoints:
 
     @property
     def used(self) -> dict | None:
-        """What the training had used when the checkpoint was written, see `energy.Reading`."""
-        return json.loads((self.found / "state.json").read_text())["used"] if self.found else None
+        """What the training had used on this machine when the checkpoint was written, see `energy.Reading`."""
+        used = json.loads((self.found / "state.json").read_text())["used"] if self.found else []
+        machine = int(os.environ.get("GROUP_RANK", 0))
+        return used[machine] if machine < len(used) else None
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict] | None:
         """The tensors and the facts of the training under way; None where another one comes next."""
@@ -89,10 +92,11 @@ class Checkpoints:
         Raises:
             OSError: it cannot be written, such as for want of space; the checkpoints before it are as they were.
         """
+        if self.reading is not None:
+            self.reading.lap()
+        used = devices.of_machines(self.reading, self.accelerator)
         if self.accelerator.is_main_process:
-            if self.reading is not None:
-                self.reading.lap()
-            facts = facts | {"cuts": len(self.cuts), "used": self.reading and dict(self.reading)}
+            facts = facts | {"cuts": len(self.cuts), "used": used}
             place = self.folder / f"{len(self.cuts):03d}_{facts['step']:09d}"
             partial = self.folder / "unfinished"
             shutil.rmtree(partial, ignore_errors=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch import nn
 
 from vitopt import data
@@ -128,3 +128,8 @@ def say_where() -> None:
 def local_gpus(accelerator: Accelerator) -> list[int]:
     """The GPUs of this machine that the run uses, as torch counts them."""
     return list(range(data.local_processes())) if accelerator.device.type == "cuda" else []
+
+
+def of_machines(reading: dict | None, accelerator: Accelerator) -> list[dict]:
+    """The readings of energy of all machines, one each. Call it on all processes."""
+    return gather_object([dict(reading)] if reading is not None and accelerator.is_local_main_process else [])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from codecarbon import OfflineEmissionsTracker  # noqa: E402
 MEASURING_MODES = {"intel_rapl", "windows_emi", "intel_power_gadget"}  # otherwise codecarbon guesses from the load
 JOULES_PER_KWH = 3.6e6
 PARTS = ("energy_kwh", "cpu_kwh", "gpu_kwh", "ram_kwh")
+HOST = socket.gethostname()
 NOTHING = {"seconds": 0.0} | dict.fromkeys(PARTS, 0.0) | {"power_w": None, "power_source": "nothing ran"}
 
 
@@ -57,7 +59,7 @@ def window(tracker, name: str, before: dict | None = None):
 
 
 class Reading(dict):
-    """`seconds`, `energy_kwh` and its parts `cpu_kwh`, `gpu_kwh` and `ram_kwh`, `power_w` (the average) and
+    """`host`, `seconds`, `energy_kwh` and its parts `cpu_kwh`, `gpu_kwh` and `ram_kwh`, `power_w` (the average) and
     `power_source`.
 
     The source is `measured` where counters read the CPU, and the GPU if there is one, and `estimated` where codecarbon
@@ -66,7 +68,7 @@ class Reading(dict):
     """
 
     def __init__(self, tracker, name: str, before: dict | None):
-        super().__init__(before or NOTHING | {"power_source": None})
+        super().__init__((before or NOTHING | {"power_source": None}) | {"host": HOST})
         self.tracker, self.name, self.laps = tracker, name, 0
         self._start()
 
@@ -92,6 +94,25 @@ class Reading(dict):
         source = _source(self.tracker)
         self["power_w"] = self["energy_kwh"] * JOULES_PER_KWH / self["seconds"]
         self["power_source"] = source if self["power_source"] in (None, source) else "estimated"
+
+
+def total(readings: list[dict]) -> dict:
+    """What all machines together have used: seconds of the longest, energy of all.
+
+    Two launches on one host both read its whole CPU and memory, but GPUs of their own: only these add up there.
+    """
+    hosts = {}
+    for reading in readings:
+        hosts.setdefault(reading["host"], []).append(reading)
+    result = {"seconds": max(reading["seconds"] for reading in readings)}
+    if any(reading["energy_kwh"] is None for reading in readings):
+        return result | dict.fromkeys(PARTS) | {"power_w": None, "power_source": "unavailable"}
+    result |= {part: sum(of(reading[part] for reading in own) for own in hosts.values())
+               for part, of in (("cpu_kwh", max), ("gpu_kwh", sum), ("ram_kwh", max))}
+    result["energy_kwh"] = sum(result.values()) - result["seconds"]
+    sources = {reading["power_source"] for reading in readings}
+    return result | {"power_w": result["energy_kwh"] * JOULES_PER_KWH / result["seconds"],
+                     "power_source": sources.pop() if len(sources) == 1 else "estimated"}
 
 
 def _source(tracker) -> str:

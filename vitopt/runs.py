@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list
 from pydantic import ValidationError
 from timm.optim import list_optimizers
 
-from vitopt import checkpoints, data, model as models, pruning, teaching
+from vitopt import checkpoints, data, energy, model as models, pruning, teaching
 from vitopt.checkpoints import Checkpoints
 from vitopt.recipe import InputError, Model, Recipe, batch_problems, read
 
@@ -380,7 +380,7 @@ def _beside(folder: Path, state: str) -> Path:
     return folder.parent / f".{folder.name}.{state}"
 
 
-def write(folder: Path, row: Row, numbers: dict, history: list[dict], cuts: list[dict], used: dict,
+def write(folder: Path, row: Row, numbers: dict, history: list[dict], cuts: list[dict], used: list[dict],
           num_processes: int) -> None:
     """Write everything of a run but its model, which `models.save` has written.
 
@@ -388,20 +388,21 @@ def write(folder: Path, row: Row, numbers: dict, history: list[dict], cuts: list
         numbers: of metrics.json, with what `metrics.measure` gives.
         history: a dictionary an epoch, see `training.train`.
         cuts: what each call of `pruning.prune` returned.
-        used: by training, as `energy.window` fills it.
+        used: by training, a reading of each machine; see `devices.of_machines`.
     """
     inference = numbers.pop("inference")
     if cuts:
         (folder / "pruned.json").write_text(json.dumps(cuts) + "\n", encoding="utf-8")
         numbers["pruned"] = [{key: value for key, value in cut.items() if key != "axes"} for cut in cuts]
-    numbers |= {"train_seconds": used["seconds"], "train_energy_kwh": used["energy_kwh"],
-                "train_power_source": used["power_source"], "num_processes": num_processes}
+    trained = energy.total(used) if used else energy.NOTHING
+    numbers |= {"train_seconds": trained["seconds"], "train_energy_kwh": trained["energy_kwh"],
+                "train_power_source": trained["power_source"], "num_processes": num_processes}
     resolved = _resolved(row, num_processes, device=numbers["device"], device_name=numbers["device_name"])
     (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
     columns = ["epoch", "loss", "validation_accuracy", "lr", "seconds", "images_per_second"]
     pd.DataFrame(history, columns=columns).to_csv(folder / "history.csv", index=False)
-    pd.DataFrame([{"phase": "train", **used}, {"phase": "inference", **inference}]).to_csv(
-        folder / "energy.csv", index=False)
+    pd.DataFrame([*({"phase": "train", **reading} for reading in used or [energy.NOTHING]),
+                  {"phase": "inference", **inference}]).to_csv(folder / "energy.csv", index=False)
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 

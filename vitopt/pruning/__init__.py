@@ -11,7 +11,7 @@ import warnings
 from typing import Callable
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from vitopt import layouts, metrics, model as models
 from vitopt.pruning import channels, depth, importance as scoring, repair
@@ -60,6 +60,7 @@ def prune(model: nn.Module, section: Prune, calibration: scoring.Batches | None 
         if weights is not None:
             model.load_state_dict(weights)
         raise
+    _refuse_disagreement(kept, gone)
     _warn_of_what_stays(whole, left)
     original = copy.deepcopy(model) if section.repair else None
     channels.cut(model, axes, kept)
@@ -96,6 +97,17 @@ def _plan(model: nn.Module, section: Prune, axes: list[Axis], scores: dict[str, 
         raise InputError(f"prune.ratio: {ratio} removes less than one channel of this model"
                          f"{_smallest_step(axes)}: take a larger one")
     return kept, whole, blocks, gone
+
+
+def _refuse_disagreement(kept: dict[str, torch.Tensor], gone: list[str]) -> None:
+    """Raise InputError on all processes where they have not chosen alike."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    choices = [None] * distributed.get_world_size()
+    distributed.all_gather_object(choices, ({name: keep.tolist() for name, keep in kept.items()}, gone))
+    if any(choice != choices[0] for choice in choices):
+        raise InputError("prune: the processes would cut different channels, for their models or images differ: start "
+                         "them from the same files, or take importance: l2")
 
 
 def steps(model: nn.Module, section: Prune | None) -> list[Prune]:
