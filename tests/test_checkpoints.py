@@ -1,4 +1,4 @@
-"""Runs that are stopped and go on. `python tests/test_checkpoints.py CASE FOLDER` is one that a test may kill."""
+"""Runs that are stopped and go on. A test kills `python tests/test_checkpoints.py CASE FOLDER [EPOCHS]`."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from vitopt.recipe import InputError, Model, Recipe, Stopped
 
 MODEL = {"name": "vit_base_patch16_224", "img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2,
          "num_heads": 2, "mlp_ratio": 2.0, "drop_path_rate": 0.2, "proj_drop_rate": 0.1}
-TRAIN = {"epochs": 4, "batch_size": 32, "lr": 0.002, "ema_decay": 0.9, "clip_grad": 1.0, "precision": "fp32",
+TRAIN = {"batch_size": 32, "lr": 0.002, "ema_decay": 0.9, "clip_grad": 1.0, "precision": "fp32",
          "checkpoint_minutes": 0.002, "augment": {"crop": "pad", "padding": 1, "random_erasing": 0.25, "mixup": 0.8,
                                                   "cutmix": 1.0, "mixup_off_epochs": 1}}
 STREAMED = {"crop": "resized", "auto_augment": "augmix-m5-w2", "mixup": 0.8, "repeats": 2}
@@ -35,11 +35,12 @@ CASES = {
 }
 
 
-def run(case, folder):
+def run(case, folder, epochs=4):
     """Train as a row does, with checkpoints; its weights and history go to folder/model and folder/history.json."""
     sections = {"data": {"name": "digits", "limit": 300}, "train": TRAIN} | CASES[case]
     if sections["data"]["name"] == "folder":
         sections["data"] = sections["data"] | {"root": str(folder.parent / "images")}
+    sections["train"] = sections["train"] | {"epochs": epochs}
     recipe = Recipe.model_validate({"model": MODEL} | sections)
     accelerator = devices.make_accelerator(recipe.train)
     set_seed(0)
@@ -249,4 +250,4 @@ def test_what_is_taken_apart_for_json_comes_together_again(value):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(sys.argv[1], Path(sys.argv[2]))
+    run(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -2,12 +2,12 @@
 
 import functools
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from test_checkpoints import result
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parent.parent
 CASES = ("taught, with projections", "in parts, without an average")
 
 
-def launch(config, processes, case, folder):
+def launch(config, processes, case, folder, epochs=4):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     alone = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     words = ["accelerate", "launch", "--config_file", ROOT / config, "--num_processes", str(processes),
-             ROOT / "tests" / "test_checkpoints.py", case, folder]
-    return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+             ROOT / "tests" / "test_checkpoints.py", case, folder, str(epochs)]
+    return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             env=alone | {"PATH": path, "PYTHONPATH": str(ROOT)})
 
 
@@ -30,7 +30,7 @@ def finished(*words):
     process = launch(*words)
     printed = process.communicate()[0]
     assert process.returncode == 0, printed
-    return words[-1]
+    return words[3]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,12 @@ def test_zero_trains_as_no_deepspeed_does_and_writes_the_same_folder(without, tm
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_killed_run_of_shards_goes_on_bit_identical(tmp_path, zero):
     config, case = f"recipes/deepspeed_zero{zero}.yaml", CASES[0]
-    whole = finished(config, 2, case, tmp_path / "whole")
-    process = launch(config, 2, case, tmp_path / "killed")
+    whole = finished(config, 2, case, tmp_path / "whole", 30)
+    process = launch(config, 2, case, tmp_path / "killed", 30)
     while not list((tmp_path / "killed").glob(".row.checkpoints/0*")) and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.kill()
     process.communicate()
     assert not (tmp_path / "killed" / "history.json").exists()
-    assert result(finished(config, 2, case, tmp_path / "killed")) == result(whole)
+    assert result(finished(config, 2, case, tmp_path / "killed", 30)) == result(whole)
