@@ -4,9 +4,10 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vitopt"
-FLOORS = [{"recipe", "distillation", "energy"}, {"layouts", "augmentation", "corruption", "hub"}, {"streams"},
-          {"model", "data"}, {"metrics", "batches", "devices"}, {"pruning", "store", "checkpoints"},
-          {"inspection", "teaching"}, {"runs", "training"}, {"report", "sensitivity"}, {"__init__", "__main__"}]
+FLOORS = [{"files", "distillation", "energy"}, {"recipe"},
+          {"layouts", "augmentation", "architecture", "corruption", "hub"}, {"streams"}, {"model", "data"},
+          {"metrics", "batches", "devices"}, {"pruning", "store", "checkpoints"}, {"inspection", "teaching"},
+          {"runs", "training"}, {"report", "sensitivity"}, {"__init__", "__main__"}]
 
 
 def modules():

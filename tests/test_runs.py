@@ -333,7 +333,45 @@ def test_which_channels_of_its_teacher_a_row_kept_is_followed_seed_by_seed(write
     for row in rows:
         finish(row)
         if row.home.name == "b":
-            axes = {"hidden": {"kept": [[row.recipe.seed, 5]]}}
+            axes = {"hidden": {"before": 6, "kept": [[row.recipe.seed, 5]]}}
             (row.folder / "pruned.json").write_text(json.dumps([{"axes": axes}]))
     for row in rows[-2:]:
         assert torch.equal(runs.kept_of_teacher(row, [])["hidden"], torch.tensor([[row.recipe.seed, 5]]))
+
+
+@pytest.mark.parametrize("content", [
+    "[", "3", "[3]", '[{"axes": 3}]', '[{"axes": {"hidden": {"before": 4}}}, 3]', "[" * 10 ** 5, *(
+        json.dumps([{"axes": {"hidden": {"before": 6, "kept": kept}}}])
+        for kept in ([[6]], [[-1]], [[0, 10 ** 12]], [[0.5]], [[]], [], [[0, 1], [0]], [[[0]]], ["a"], [0], {"0": 0}))
+], ids=str)
+def test_cuts_that_name_no_channels_are_not_followed(write_recipe, plan, finish, content):
+    rows = plan(write_recipe("a"), write_recipe("b", start="a"),
+                write_recipe("c", start="b", distill={"teacher": "a"}, train=TRAIN))
+    for row in rows:
+        finish(row)
+    (rows[1].folder / "pruned.json").write_text(content[:10 ** 6])
+    assert runs.kept_of_teacher(rows[2], []) == {}
+    own = [{"axes": {"hidden": {"kept": [[0, 5]]}}}]
+    (rows[1].folder / "pruned.json").write_text('[{"axes": {"hidden": {"before": 6, "kept": [[0, 1, 2]]}}}]')
+    assert runs.kept_of_teacher(rows[2], own) == {}  # of three channels none is the sixth
+
+
+BOMB = "".join(f"k{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" if n else "k0: &a0 [1]\n" for n in range(30))
+
+
+@pytest.mark.parametrize("content", [
+    "start: a\n", "start: [a]\n", "start: c\n", "start: 3\n", "provenance: 3\n", "[provenance]\n", "3\n", "",
+    "{" * 10 ** 4, BOMB, BOMB + "provenance: {}\n", "&a [*a]\n", "provenance: &a {a: *a}\n", "1: 2\nprovenance: {}\n",
+    "provenance: {}\ndata: !!binary a\n", "provenance: !!python/object/apply:os.system [true]\n",
+], ids=lambda content: content[:20])
+def test_a_recipe_of_a_finished_run_that_is_none_differs_in_a_line_and_is_not_followed(
+        write_recipe, plan, finish, content):
+    rows = plan(write_recipe("a"), write_recipe("b", start="a"),
+                write_recipe("c", start="b", distill={"teacher": "a"}, train=TRAIN))
+    for row in rows:
+        finish(row)
+    (rows[1].folder / "recipe.yaml").write_text(content)
+    if content != "start: a\n":
+        assert runs.kept_of_teacher(rows[2], []) == {}
+    differences = runs.differences(rows[1])
+    assert differences and all("\n" not in line and len(line) < 500 for line in differences), differences

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitopt import data, devices, store, training
@@ -90,6 +91,22 @@ def test_a_damaged_store_is_recognised_and_made_again(tiny, teach, capsys, harm)
     again, _ = teach(tiny())
     assert f"{teach.files()[0]} is damaged: the teachers are asked again" in capsys.readouterr().out
     assert equal(first, again) and teach.files()[0].read_bytes() == content
+
+
+@pytest.mark.parametrize("harm", [
+    lambda kept: kept | {"count": kept["count"] * 0 + 2 ** 31 - 1},
+    lambda kept: kept | {"classes": kept["classes"] + 60},
+    lambda kept: kept | {"classes": kept["classes"] - 60}, lambda kept: kept | {"classes": kept["classes"].long()},
+    lambda kept: kept | {"logits": kept["logits"][:, :, :1].contiguous()}, lambda kept: {"logits": kept["logits"]},
+    lambda kept: kept | {"logits": kept["logits"].float()}, lambda kept: kept | {"more": torch.zeros(1)},
+])
+def test_a_store_with_a_right_checksum_and_other_contents_is_made_again(tiny, teach, capsys, harm):
+    first, _ = teach(tiny(num_classes=150, depth=1), num_classes=150)
+    changed = harm(load_file(teach.files()[0]))
+    save_file(changed, teach.files()[0], {"sha256": store._checksum(changed)})
+    again, _ = teach(tiny(num_classes=150, depth=1), num_classes=150)
+    assert f"{teach.files()[0]} is damaged: the teachers are asked again" in capsys.readouterr().out
+    assert equal(first, again)
 
 
 def test_of_many_classes_the_most_probable_are_kept_and_the_rest_shares_what_is_left():

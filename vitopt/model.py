@@ -1,31 +1,22 @@
-"""Building a timm model, and what its blocks are.
-
-Every model of vitopt carries `architecture`, a plain dictionary that says how to build it again:
-
-    name      timm's name
-    kwargs    timm's keyword arguments, num_classes and in_chans among them
-    input     channels, height, width, mean, std, interpolation, crop_pct
-    widths    by module: num_heads, head_dim, v_head_dim of an attention, hidden_features of an MLP
-    removed_blocks  the blocks that pruning removed, if any
-    classes   the names of the classes, in the order of the outputs (once they are known)
-"""
+"""Building a timm model, what its blocks are, and keeping it in a folder without a pickle."""
 
 import difflib
 import inspect
 import json
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from torch import nn
 
-from vitopt import layouts
+from vitopt import architecture as architectures, files, layouts
 from vitopt.recipe import InputError, Model
 
 
@@ -113,6 +104,8 @@ def check(section: Model) -> list[str]:
                         f"for {base} it has: {', '.join(with_weights) or 'none'}")
     if section.checkpoint and not Path(section.checkpoint).is_file():
         problems.append(f"model.checkpoint: {section.checkpoint}: there is no such file: check the path")
+    if wrong := architectures.wrong_arguments(section.model_extra):
+        return problems + [f"model.{problem}" for problem in wrong]
     kwargs = dict(section.model_extra)
     while True:
         try:
@@ -230,6 +223,20 @@ class Skip(nn.Module):
         return x
 
 
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The outermost blocks: members of a list or sequence that are called so."""
+    def descend(name, module):
+        in_list = isinstance(module, (nn.Sequential, nn.ModuleList))
+        for path, child in module.named_children():
+            full = f"{name}.{path}".strip(".")
+            if in_list and "Block" in type(child).__name__:
+                yield full, child
+            else:
+                yield from descend(full, child)
+
+    return list(descend("", model))
+
+
 def skip_blocks(model: nn.Module, names: list[str]) -> None:
     """Put `Skip` in the place of these modules."""
     for name in names:
@@ -237,29 +244,90 @@ def skip_blocks(model: nn.Module, names: list[str]) -> None:
         setattr(model.get_submodule(parent), last, Skip())
 
 
-def rebuild(architecture: dict, state_dict: dict[str, torch.Tensor]) -> nn.Module:
-    """Build the model that `architecture` describes, with these weights, in eval mode.
-
-    Raises:
-        InputError: the weights do not fit the architecture.
-    """
-    try:
-        model = _before_cuts(architecture)
-        _resize(model, architecture["widths"], {name: tensor.shape for name, tensor in state_dict.items()})
-        model.load_state_dict(state_dict)
-    except (RuntimeError, AttributeError, KeyError, TypeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the weights do not fit the architecture ({reason}): "
-                         f"timm {timm.__version__} may differ from the version that saved them") from error
+def _rebuild(architecture: dict, state_dict: dict[str, torch.Tensor]) -> nn.Module:
+    """Build the model that `architecture` describes, with these weights that fit it, in eval mode."""
+    model = _before_cuts(architecture)
+    _resize(model, architecture["widths"], {name: tensor.shape for name, tensor in state_dict.items()})
+    model.load_state_dict(state_dict)
     model.architecture = architecture
     return model.eval()
 
 
+def _refuse_misfits(architecture: dict, found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Compare an architecture with what a file of weights holds, on the meta device, where nothing takes memory.
+
+    Args:
+        found: by name, dtype and shape.
+
+    Raises:
+        ValueError: they do not fit, or the model would be out of all proportion to the file. timm raises what it likes.
+    """
+    shapes = {name: torch.Size(shape) for name, (_, shape) in found.items()}
+    tensors = len(found) + 20 * len(architecture.get("removed_blocks", []))
+    with torch.device("meta"), _at_most(min(MOST_CALLS, 10 ** 6 + CALLS_A_TENSOR * tensors), 100 + 2 * tensors):
+        model = _before_cuts(architecture)
+        ours = model.state_dict()
+        if ours.keys() != found.keys():
+            raise ValueError(f"{min(ours.keys() ^ found.keys())!r} is in only one of them")
+        for name, (dtype, shape) in found.items():
+            before = ours[name]
+            cut = len(shape) == before.dim() and all(0 < new <= old for new, old in zip(shape, before.shape))
+            if not (cut or shape == before.shape) or ("F" in dtype) != before.is_floating_point():
+                raise ValueError(f"{name} is {dtype} {list(shape)}, of {before.dtype} {list(before.shape)} before cuts")
+        for key, dim in (("classifier", 0), ("first_conv", 1)):  # what comes out and goes in is never cut
+            layers = model.pretrained_cfg.get(key) or []
+            for weight in [f"{layer}.weight" for layer in ([layers] if isinstance(layers, str) else layers)]:
+                if weight in ours and shapes[weight][dim:dim + 1] != ours[weight].shape[dim:dim + 1]:
+                    raise ValueError(f"{weight} is {list(shapes[weight])}, of {list(ours[weight].shape)} before cuts")
+        held = sum(shape.numel() * ours[name].element_size() for name, shape in shapes.items())
+        takes = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+        if takes > 2 ** 28 + LARGEST_CUT * held:
+            raise ValueError(f"it takes {takes:,} bytes before its cuts, and after them {held:,}")
+        _resize(model, architecture["widths"], shapes)
+        if misfits := [name for name, tensor in model.state_dict().items() if tensor.shape != shapes[name]]:
+            raise ValueError(f"{misfits[0]} cannot be cut to {list(shapes[misfits[0]])}")
+
+
+LARGEST_CUT = 100  # how many times as much memory a model may have taken before: a tenth of every width is left
+# TinyViT walks in Python through the pairs of a window's positions, others need a few thousand calls for a tensor.
+CALLS_A_TENSOR, MOST_CALLS = 200_000, 10 ** 8
+
+
+@contextmanager
+def _at_most(calls: int, parameters: int):
+    """End what runs within by a ValueError after so many calls of functions or so many parameters: timm's loops are as
+    long as an argument says. Where a profiler is at work, it is left alone."""
+    register = nn.Module.register_parameter.__code__
+
+    def count(frame, event, argument):
+        nonlocal calls, parameters
+        calls -= 1
+        parameters -= event == "call" and frame.f_code is register
+        if calls < 0 or parameters < 0:
+            raise ValueError("building it takes far longer than a file of this size can be worth")
+
+    if sys.getprofile() is not None:
+        yield
+        return
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
 def _before_cuts(architecture: dict) -> nn.Module:
-    """timm's model of an architecture, in its own widths, without the blocks that were removed."""
+    """timm's model of an architecture, in its own widths, without the blocks that were removed.
+
+    Raises:
+        ValueError: there are no such blocks. timm raises what it likes.
+    """
     kwargs = {key: _with_numbers(value) for key, value in architecture["kwargs"].items()}
     model = timm.create_model(architecture["name"], **kwargs)
-    skip_blocks(model, architecture.get("removed_blocks", []))
+    removed = architecture.get("removed_blocks", [])
+    if unknown := sorted(set(removed) - dict(blocks(model)).keys()):
+        raise ValueError(f"removed_blocks: {unknown[0]!r} is no block")
+    skip_blocks(model, removed)
     return model
 
 
@@ -294,6 +362,8 @@ def _resize(model: nn.Module, saved: dict[str, dict[str, int]], shapes: dict[str
                 shape = list(tensor.shape)
                 shape[member.dim] = layouts.length(member.expression, after)
                 _replace(model, path, tensor.new_zeros(shape))
+            elif layouts.length(member.expression, after) != shapes[path][member.dim]:
+                raise ValueError(f"widths.{name}: {saved.get(name)} is not what {path} has")
         layouts.follow(module, before, after)
 
 
@@ -315,6 +385,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     describe_timm(model)
     _refuse_unknown_arguments(model)
+    content = json.dumps(model.architecture, indent=2) + "\n"
+    try:
+        architectures.check(json.loads(content))
+    except ValueError as error:
+        raise InputError(f"this model could not be loaded again ({error}): make it with other arguments") from error
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, model.state_dict(), model.architecture)
 
@@ -357,21 +432,29 @@ def _refuse_unknown_arguments(model: nn.Module) -> None:
 
 
 def load(folder: str | Path) -> nn.Module:
-    """Load a model that `save` wrote, on the CPU and in eval mode. Nothing in the folder is executed.
+    """Load a model that `save` wrote, on the CPU and in eval mode.
+
+    Nothing in the folder is executed. Memory is taken once the architecture, and the names, dtypes and shapes of the
+    weights, are known to fit one another.
 
     Raises:
         InputError: the folder holds no such model, or one that is cut short or does not fit.
     """
     folder = Path(folder)
     try:
-        architecture = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        state_dict = load_file(folder / "model.safetensors")
+        architecture = architectures.read(folder / "model.json")
+        with files.open_tensors(folder / "model.safetensors") as (file, found):
+            try:
+                _refuse_misfits(architecture, found)
+                return _rebuild(architecture, {name: file.get_tensor(name) for name in found})
+            except Exception as error:  # whatever timm makes of arguments that make no sense
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                raise InputError(f"{folder}: the weights do not fit the architecture ({reason}): timm "
+                                 f"{timm.__version__} may differ from the version that saved them") from error
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{folder}: holds no model ({Path(error.filename or folder).name} is missing): "
                          "give the folder of a finished run") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder}: its model cannot be read ({error}): make this run again with --force") from error
-    try:
-        return rebuild(architecture, state_dict)
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from error

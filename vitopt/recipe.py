@@ -19,6 +19,11 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vitopt import files
+
+LONGEST = 100_000  # bytes of a recipe
+MOST_VALUES, DEEPEST = 10_000, 30  # of a recipe with every alias written out
+
 
 class InputError(ValueError):
     """What the user gave cannot work. Each of `problems` is one line naming the place, the value and the cure."""
@@ -384,17 +389,17 @@ def read(paths: list[str], overrides: list[str]) -> tuple[dict[Path, Recipe], li
     recipes, problems, contents = {}, [], {}
     for path in dict.fromkeys(map(Path, paths)):
         try:
-            contents[path] = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+            contents[path] = read_yaml(path)
             if not isinstance(contents[path], dict):
                 problems.append(f"{path}: holds no recipe: write sections such as model, data and train")
                 del contents[path]
         except FileNotFoundError:
             problems.append(f"{path}: there is no such file: check the path")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             problems.append(f"{path}: cannot be read ({error}): give a YAML file")
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            problems.append(f"{path}: line {mark.line + 1}: not YAML, {error.problem}: mend this line")
+            mark, problem = error.problem_mark, " ".join(str(error.problem).split())
+            problems.append(f"{path}: line {mark.line + 1}: not YAML, {problem}: mend this line")
         except yaml.YAMLError as error:
             problems.append(f"{path}: not YAML ({' '.join(str(error).split())}): mend it")
     for override in overrides:
@@ -419,7 +424,7 @@ def sections(options: list[str]) -> tuple[dict, dict]:
         if not equals:
             raise InputError(f"{option}: is no key=value: write it as img_size=96 or prune.ratio=0.4")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             raise InputError(f"{option}: {text} is not YAML: write key=value, such as prune.ratio=0.4") from None
         place = model
@@ -444,16 +449,74 @@ def section(kind: type[Section], options: dict[str, Any], place: str) -> Section
         raise InputError(*map(_explain, problems)) from None
 
 
+def read_yaml(path: Path):
+    """What a YAML file says, as plain data.
+
+    Raises:
+        OSError, ValueError: it cannot be read. yaml.YAMLError: it is no YAML, or far more than a recipe can be.
+    """
+    return parse_yaml(files.read(path, LONGEST))
+
+
+def parse_yaml(text: str):
+    """What a YAML text says, as plain data.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or far more than a recipe can be.
+    """
+    try:
+        return yaml.load(text, _StrictLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # PyYAML's own, of dates that there are not, numbers without digits and the like
+        raise yaml.YAMLError(f"a value is not of the kind it is marked or written as: {error}") from None
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here the second is an error."""
+    """PyYAML keeps the last of two equal keys without a word; here the second is an error. So is what a few lines can
+    blow up: an alias stands for all that its anchor holds, and is counted so."""
+
+    def fetch_flow_collection_start(self, token):
+        if self.flow_level > DEEPEST:  # PyYAML would look for the end of each as a key, for seconds
+            raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None:
+            values, depth = _size(node, {})
+            if values > MOST_VALUES or depth > DEEPEST:
+                raise yaml.YAMLError(f"with its aliases written out it is more than {MOST_VALUES:,} values, or nested "
+                                     f"more than {DEEPEST} deep")
+        return node
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a list or dictionary is no key", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node of YAML stands for, and how deep they are nested.
+
+    Raises:
+        yaml.YAMLError: a number has more digits than any can mean; Python would compute for seconds.
+    """
+    if node.tag.endswith(":int") and len(node.value) > 100:
+        raise yaml.MarkedYAMLError(problem="a number of more than 100 digits", problem_mark=node.start_mark)
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1, 0  # for an alias inside of its own anchor
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        nodes = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        sizes = [_size(part, known) for part in nodes]
+        known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+    return known[id(node)]
 
 
 def batch_problems(train: Train, num_processes: int) -> list[str]:
@@ -473,7 +536,7 @@ def _override(contents: dict[Path, dict], override: str) -> list[str]:
     key, _, text = override.partition("=")
     *sections, last = key.split(".")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return [f"{override}: {text} is not YAML: write section.key=value, such as train.epochs=3"]
     met = False

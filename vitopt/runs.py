@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -24,13 +25,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 from timm.optim import list_optimizers
 
-from vitopt import checkpoints, data, energy, model as models, pruning, teaching
+from vitopt import checkpoints, data, energy, files, model as models, pruning, teaching
 from vitopt.checkpoints import Checkpoints
-from vitopt.recipe import InputError, Model, Recipe, batch_problems, read
+from vitopt.recipe import InputError, Model, Recipe, batch_problems, read, read_yaml
 
+LONGEST_CUTS = 2 ** 25  # bytes of a pruned.json; a ViT-7B in ten steps fills half of it
 # keys of a recipe that say how a row is made and not which row it is
 WITHOUT_EFFECT = {"data.workers", "train.checkpoint_minutes", "train.checkpoint_epochs", "train.tracker"}
 LIBRARIES = ("vitopt", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "codecarbon", "fvcore")
@@ -245,9 +247,9 @@ def differences(row: Row, file: Path) -> list[str]:
         file: the recipe.yaml that was written then.
     """
     try:
-        then = yaml.safe_load(file.read_text(encoding="utf-8"))
-        provenance = then.pop("provenance")
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError) as error:
+        then = read_yaml(file)
+        provenance = then.pop("provenance").copy()
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         return [f"recipe.yaml: {' '.join(str(error).split())} where it should hold the recipe and its provenance"]
     with suppress(ValidationError):  # an older vitopt did not know every default
         then = _content(Recipe.model_validate(then))
@@ -445,29 +447,68 @@ def kept_of_teacher(row: Row, cuts: list[dict]) -> dict[str, torch.Tensor]:
     Returns:
         By axis of which something went, indices (groups, channels).
     """
-    kept, folder = {}, row.start
+    kept, folder, passed = {}, row.start, set()
     teacher = row.teachers[0] if row.teachers else None
-    while True:
-        kept = _composed(reversed(cuts), kept)
-        if folder is None or folder == teacher:
-            return kept if folder is not None else {}
-        try:
-            cuts = json.loads((folder / "pruned.json").read_text()) if (folder / "pruned.json").exists() else []
-            recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    try:
+        while folder not in passed:
+            kept = _composed(reversed(cuts), kept)
+            if folder is None or folder == teacher:
+                return kept if folder is not None else {}
+            passed.add(folder)
+            cuts = _cuts(folder / "pruned.json")
+            recipe = read_yaml(folder / "recipe.yaml")
             start, seed = recipe.get("start"), recipe.get("seed", 0)
             home = folder.parent if recipe.get("provenance", {}).get("seeds") else folder
-        except (OSError, ValueError, yaml.YAMLError, AttributeError):
-            return {}
-        folder = _forerunner(home, start, seed, {}) if start else None
+            folder = _forerunner(home, start, seed, {}) if start else None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        pass  # an older run, or none of ours
+    return {}
+
+
+class _Kept(BaseModel):
+    """An axis of pruned.json: the kept ones of `before` channels, by group."""
+
+    before: int
+    kept: list[list[Annotated[int, Field(ge=0, lt=2 ** 31)]]] | None = None
+
+    @model_validator(mode="after")
+    def _are_there(self):
+        groups = self.kept
+        if groups is not None and (not groups or not groups[0] or len({len(group) for group in groups}) > 1
+                                   or max(map(max, groups)) >= self.before):
+            raise ValueError("these are no channels of it")
+        return self
+
+
+class _Cut(BaseModel):
+    axes: dict[str, _Kept]
+
+
+def _cuts(path: Path) -> list[dict]:
+    """The cuts of a run, as `write` wrote them; none where it had none.
+
+    Raises:
+        OSError: they cannot be read. ValueError: these are none.
+    """
+    if not path.exists():
+        return []
+    content = files.read_json(path, LONGEST_CUTS)
+    return [cut.model_dump() for cut in TypeAdapter(list[_Cut]).validate_python(content, strict=True)]
 
 
 def _composed(cuts, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Indices into what was there before these cuts, the latest first, of indices into what they left."""
+    """Indices into what was there before these cuts, the latest first, of indices into what they left.
+
+    Raises:
+        ValueError: what one cut left is not what the next one found.
+    """
     for cut in cuts:
         for name, axis in cut["axes"].items():
             if axis.get("kept"):
-                before = torch.tensor(axis["kept"])
-                kept[name] = before.gather(1, kept[name]) if name in kept else before
+                before, later = torch.tensor(axis["kept"]), kept.get(name)
+                if later is not None and (len(later) != len(before) or later.max() >= before.shape[1]):
+                    raise ValueError(f"{name}: {tuple(later.shape)} of {tuple(before.shape)}")
+                kept[name] = before if later is None else before.gather(1, later)
     return kept
 
 
@@ -489,5 +530,5 @@ def _forerunners(row: Row) -> dict[str, str]:
 def _flat(content: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from vitopt import batches, data
+from vitopt import batches, data, files, model as models
 from vitopt.recipe import Recipe
 
 STORED_CLASSES = 100  # of more classes, the most probable are kept and the others share what is left (TinyViT)
@@ -33,6 +32,7 @@ class Store:
                 [[section.weight, _digest(teacher)] for section, teacher in zip(recipe.distill.teacher, teachers)]]
         self.folder = folder / hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
         self.steps, self.batch_size = len(part) // recipe.train.batch_size, recipe.train.batch_size
+        self.classes = models.num_classes(teachers[0])
         self.accelerator = accelerator
 
     def open(self, epoch: int, first_step: int = 0, heard: dict[str, torch.Tensor] | None = None) -> None:
@@ -93,15 +93,27 @@ class Store:
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                whole = (file.metadata() or {}).get("sha256") == _checksum(tensors)
-        except (OSError, SafetensorError, ValueError):
+            with files.open_tensors(self.path) as (file, found):
+                whole = found == self._layout()
+                tensors = {name: file.get_tensor(name) for name in found} if whole else {}
+                whole = whole and (file.metadata() or {}).get("sha256") == _checksum(tensors)
+        except (OSError, ValueError):
             whole = False
-        if not whole or tensors["logits"].shape[:2] != (self.steps, self.batch_size):
+        if whole and "classes" in tensors:  # what indexes and sizes what is made of it
+            classes, count = tensors["classes"], tensors["count"]
+            whole = bool(((0 <= classes) & (classes < self.classes)).all() and (count == self.classes).all())
+        if not whole:
             self.accelerator.print(f"  {self.path} is damaged: the teachers are asked again")
             return None
         return tensors
+
+    def _layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What the file of an epoch holds, by name: dtype and shape."""
+        rows = (self.steps, self.batch_size)
+        if self.classes <= STORED_CLASSES:
+            return {"logits": ("F16", (*rows, self.classes))}
+        return {"logits": ("F16", (*rows, STORED_CLASSES)), "classes": ("I32", (*rows, STORED_CLASSES)),
+                "others": ("F16", (*rows, 1)), "count": ("I32", rows)}
 
 
 def _condensed(logits: torch.Tensor) -> dict[str, torch.Tensor]:

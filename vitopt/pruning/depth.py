@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vitopt.model import blocks
 from vitopt.recipe import InputError
 
 
@@ -39,17 +40,3 @@ def influence(model: nn.Module, batches, example_inputs: torch.Tensor) -> dict[s
     if len(found) < 2:
         raise InputError(f"prune.axes: depth: {model.architecture['name']} has no blocks that can go: leave depth out")
     return {name: value / counts[name] for name, value in found.items()}
-
-
-def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost blocks: members of a list or sequence that are called so."""
-    def descend(name, module):
-        in_list = isinstance(module, (nn.Sequential, nn.ModuleList))
-        for path, child in module.named_children():
-            full = f"{name}.{path}".strip(".")
-            if in_list and "Block" in type(child).__name__:
-                yield full, child
-            else:
-                yield from descend(full, child)
-
-    return list(descend("", model))
