@@ -17,7 +17,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from vitopt import architecture as architectures, files, layouts
-from vitopt.recipe import InputError, Model
+from vitopt.recipe import InputError, Model, one_line
 
 
 def build(section: Model, num_classes: int | None, device: str = "cpu") -> nn.Module:
@@ -389,7 +389,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     try:
         architectures.check(json.loads(content))
     except ValueError as error:
-        raise InputError(f"this model could not be loaded again ({error}): make it with other arguments") from error
+        raise InputError(f"this model could not be loaded again ({one_line(error, 300)}): make it with other "
+                         "arguments") from error
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, model.state_dict(), model.architecture)
 
@@ -448,7 +449,7 @@ def load(folder: str | Path) -> nn.Module:
                 _refuse_misfits(architecture, found)
                 return _rebuild(architecture, {name: file.get_tensor(name) for name in found})
             except Exception as error:  # whatever timm makes of arguments that make no sense
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                reason = one_line(f"{type(error).__name__}: {error}", 300)
                 raise InputError(f"{folder}: the weights do not fit the architecture ({reason}): timm "
                                  f"{timm.__version__} may differ from the version that saved them") from error
     except InputError:
@@ -457,4 +458,5 @@ def load(folder: str | Path) -> nn.Module:
         raise InputError(f"{folder}: holds no model ({Path(error.filename or folder).name} is missing): "
                          "give the folder of a finished run") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: its model cannot be read ({error}): make this run again with --force") from error
+        raise InputError(f"{folder}: its model cannot be read ({one_line(error, 300)}): make this run again with "
+                         "--force") from error

@@ -41,6 +41,12 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
 
 
+def one_line(text, most: int = 800) -> str:
+    """A text, such as an error's, as one line of at most about so many characters, without its middle if need be."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else f"{line[:most // 2]} … {line[-most // 2:]}"
+
+
 @contextmanager
 def errors_as_lines():
     """For commands: end with one line a problem and exit code 2 where the input is at fault, 1 where the machine is,
@@ -398,17 +404,17 @@ def read(paths: list[str], overrides: list[str]) -> tuple[dict[Path, Recipe], li
         except (OSError, ValueError) as error:
             problems.append(f"{path}: cannot be read ({error}): give a YAML file")
         except yaml.MarkedYAMLError as error:
-            mark, problem = error.problem_mark, " ".join(str(error.problem).split())
-            problems.append(f"{path}: line {mark.line + 1}: not YAML, {problem}: mend this line")
+            line = error.problem_mark.line + 1
+            problems.append(f"{path}: line {line}: not YAML, {one_line(error.problem)}: mend this line")
         except yaml.YAMLError as error:
-            problems.append(f"{path}: not YAML ({' '.join(str(error).split())}): mend it")
+            problems.append(f"{path}: not YAML ({one_line(error)}): mend it")
     for override in overrides:
         problems += _override(contents, override)
     for path, content in contents.items():
         try:
             recipes[path] = Recipe.model_validate(content)
         except ValidationError as error:
-            problems += [f"{path}: {_explain(problem)}" for problem in error.errors()]
+            problems += [f"{path}: {one_line(_explain(problem))}" for problem in error.errors()]
     return recipes, problems
 
 
@@ -426,7 +432,8 @@ def sections(options: list[str]) -> tuple[dict, dict]:
         try:
             value = parse_yaml(text)
         except yaml.YAMLError:
-            raise InputError(f"{option}: {text} is not YAML: write key=value, such as prune.ratio=0.4") from None
+            raise InputError(f"{one_line(option)}: {one_line(text)} is not YAML: write key=value, such as "
+                             "prune.ratio=0.4") from None
         place = model
         if key.startswith("prune."):
             place, (*path, key) = prune, key.removeprefix("prune.").split(".")
@@ -446,7 +453,7 @@ def section(kind: type[Section], options: dict[str, Any], place: str) -> Section
         return kind.model_validate(options)
     except ValidationError as error:
         problems = [problem | {"loc": (place, *problem["loc"])} for problem in error.errors()]
-        raise InputError(*map(_explain, problems)) from None
+        raise InputError(*(one_line(_explain(problem)) for problem in problems)) from None
 
 
 def read_yaml(path: Path):
@@ -538,7 +545,7 @@ def _override(contents: dict[Path, dict], override: str) -> list[str]:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError:
-        return [f"{override}: {text} is not YAML: write section.key=value, such as train.epochs=3"]
+        return [f"{one_line(override)}: {one_line(text)} is not YAML: write section.key=value, such as train.epochs=3"]
     met = False
     for content in contents.values():
         place = content
@@ -569,7 +576,7 @@ def _explain(problem: dict) -> str:
             f"it belongs in {deeper[0]}" if deeper else
             f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
     section = _section(place[:-1])
-    field = section.model_fields.get(place[-1]) if section and isinstance(place[-1], str) else None
+    field = section.model_fields.get(place[-1]) if section and place and isinstance(place[-1], str) else None
     meaning = f": {field.description}" if field else ""
     if kind == "missing":
         return f"{key}: is missing{meaning}"

@@ -30,7 +30,7 @@ from timm.optim import list_optimizers
 
 from vitopt import checkpoints, data, energy, files, model as models, pruning, teaching
 from vitopt.checkpoints import Checkpoints
-from vitopt.recipe import InputError, Model, Recipe, batch_problems, read, read_yaml
+from vitopt.recipe import InputError, Model, Recipe, batch_problems, one_line, read, read_yaml
 
 LONGEST_CUTS = 2 ** 25  # bytes of a pruned.json; a ViT-7B in ten steps fills half of it
 # keys of a recipe that say how a row is made and not which row it is
@@ -250,11 +250,11 @@ def differences(row: Row, file: Path) -> list[str]:
         then = read_yaml(file)
         provenance = then.pop("provenance").copy()
     except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        return [f"recipe.yaml: {' '.join(str(error).split())} where it should hold the recipe and its provenance"]
+        return [f"recipe.yaml: {one_line(error, 300)} where it should hold the recipe and its provenance"]
     with suppress(ValidationError):  # an older vitopt did not know every default
         then = _content(Recipe.model_validate(then))
     was, now = _flat(then), _flat(_content(row.recipe))
-    lines = [f"{key}: {was.get(key, 'absent')} then, {now.get(key, 'absent')} in the recipe"
+    lines = [one_line(f"{key}: {was.get(key, 'absent')} then, {now.get(key, 'absent')} in the recipe")
              for key in sorted((was.keys() | now.keys()) - WITHOUT_EFFECT) if was.get(key) != now.get(key)]
     for key, digest in _forerunners(row).items():
         if provenance.get(key) != digest:
