@@ -1,5 +1,6 @@
 """More than 10,000 damaged inputs for the four loaders: each is read or refused in a line, and nothing else happens."""
 
+import copy
 import json
 import pickle
 import random
@@ -31,10 +32,10 @@ DEEP = ["@deep list@", "@deep dictionary@"]  # json and yaml would not write the
 VALUES = [
     0, -1, 1, 2, 3, 7, 8, 255, 10 ** 4, 2 ** 31, 2 ** 63, 10 ** 12, -10 ** 12, 10 ** 30, 0.5, -0.5, 1e-300, 1e308,
     float("nan"), float("inf"), True, False, None, "", " ", "a", "a" * 3000, "\0", "\n", "\ud800", "é🙈\u202e",
-    "'\"{}[]%s",
-    "../../etc/passwd", "/etc/passwd", "hf-hub:timm/resnet18", "local-dir:/tmp", "resnet18", "__class__", "blocks.0",
-    "blocks.__class__", "head", "l1", "taylor", "1e3", "0x10", "2020-01-01", "!!python/name:os.system", "*a", "&a",
-    "<<", [], {}, [[]], [0], [1] * 500, ["blocks.0"], {"": ""}, {"a": {"b": [1, {}]}}, {"x" * 300: 1}, *DEEP]
+    "'\"{}[]%s", "../../etc/passwd", "/etc/passwd", "hf-hub:timm/resnet18", "local-dir:/tmp", "resnet18", "__class__",
+    "blocks.0", "blocks.__class__", "head", "l1", "taylor", "1e3", "0x10", "2020-01-01",
+    "!!python/name:os.system", "*a", "&a", "<<", [], {}, [[]], [0], [1] * 500, ["blocks.0"], {"": ""},
+    {"a": {"b": [1, {}]}}, {"x" * 300: 1}, *DEEP]
 KEYS = [*sorted(RESERVED), "depth", "embed_dim", "window_size", "norm_layer", "act_layer", "block_fn", "class_token",
         "removed_blocks", "classes", "widths", "kwargs", "name", "target", "axes", "teacher", "layers", "steps", "",
         "\n", "🙈", "__class__", "a.b", "0"]
@@ -69,17 +70,17 @@ def mutated(chance: random.Random, tree):
             del owner[key]
         elif kind == 1:  # under another name, or once more
             if isinstance(owner, dict):
-                owner[chance.choice(KEYS)] = owner[key]
+                owner[chance.choice(KEYS)] = copy.deepcopy(owner[key])
             else:
-                owner.append(owner[key])
+                owner.append(copy.deepcopy(owner[key]))
         elif kind == 2:
             owner[key] = [owner[key]]
         elif kind == 3 and isinstance(owner[key], (int, float)):
             owner[key] = owner[key] * chance.choice([-1, 2, 3, 0.5, 10 ** 6, 10 ** 12]) + chance.choice([0, 1, -1])
         elif kind == 4 and isinstance(owner[key], dict):
-            owner[key][chance.choice(KEYS)] = chance.choice(VALUES)
+            owner[key][chance.choice(KEYS)] = copy.deepcopy(chance.choice(VALUES))
         else:
-            owner[key] = chance.choice(VALUES)
+            owner[key] = copy.deepcopy(chance.choice(VALUES))
         if not isinstance(tree, (dict, list)):
             return tree
     return tree
