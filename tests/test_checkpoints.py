@@ -180,6 +180,20 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(train, tmp_pat
     assert same(whole, again) and again[2] == [4, 5, 6]
 
 
+@pytest.mark.parametrize("name, content", [
+    ("state.json", "[]"), ("state.json", "{"), ("state.json", '{"cuts": 0}'), ("pruned.json", "{}"),
+    ("state.json", '{"cuts": 0, "step": "x", "history": 3, "first_loss": {}, "best_accuracy": [], "has_best": true}')])
+def test_a_strange_state_with_right_checksums_ends_in_one_line(train, tmp_path, name, content):
+    with pytest.raises(Killed):
+        train(1)
+    folder, = (tmp_path / ".row.checkpoints").iterdir()
+    (folder / name).write_text(content)
+    digests = subprocess.run(["sha256sum", *checkpoints.FILES], cwd=folder, capture_output=True, check=True).stdout
+    (folder / "sha256").write_bytes(digests)
+    with pytest.raises(InputError, match="000_000000001.*: remove the folder"):
+        train()
+
+
 def test_where_no_checkpoint_is_whole_the_run_begins_anew(train, tmp_path, capsys):
     with pytest.raises(Killed):
         train(4)

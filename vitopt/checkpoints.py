@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
 from torch import nn
 
-from vitopt import devices, model as models
-from vitopt.recipe import Stopped, Train
+from vitopt import devices, files, model as models
+from vitopt.recipe import InputError, Stopped, Train
 
 FILES = ("model.json", "model.safetensors", "pruned.json", "recipe.yaml", "state.json", "state.safetensors")
 KEPT = 2  # the newest
+LONGEST_JSON = 2 ** 26  # bytes
 IMPATIENCE_SECONDS = 5  # a signal that comes again after so long is obeyed at once; a launcher repeats what it was sent
 LOOK_SECONDS = 1.0  # between the moments in which processes agree on what to do
 
@@ -62,13 +62,24 @@ class Checkpoints:
         self.found, = broadcast_object_list(found)
         if self.found is None:
             return None
-        self.cuts = json.loads((self.found / "pruned.json").read_text(encoding="utf-8"))
+        self.cuts = self._read("pruned.json", list)
         return models.load(self.found)
+
+    def _read(self, name: str, kind: type):
+        """A JSON file of the checkpoint that was found."""
+        try:
+            content = files.read_json(self.found / name, LONGEST_JSON)
+            if isinstance(content, kind):
+                return content
+            reason = f"it is no {kind.__name__}"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        raise InputError(f"{self.found / name}: no such checkpoint was written here ({reason}): remove the folder")
 
     @property
     def used(self) -> dict | None:
         """What the training had used on this machine when the checkpoint was written, see `energy.Reading`."""
-        used = json.loads((self.found / "state.json").read_text())["used"] if self.found else []
+        used = self._read("state.json", dict).get("used") or [] if self.found else []
         machine = int(os.environ.get("GROUP_RANK", 0))
         return used[machine] if machine < len(used) else None
 
@@ -76,10 +87,11 @@ class Checkpoints:
         """The tensors and the facts of the training under way; None where another one comes next."""
         if self.found is None:
             return None
-        facts = json.loads((self.found / "state.json").read_text())
-        if facts["cuts"] != len(self.cuts):  # of the training before the latest cut
+        facts = self._read("state.json", dict)
+        if facts.get("cuts") != len(self.cuts):  # of the training before the latest cut
             return None
-        return load_file(self.found / "state.safetensors"), facts
+        with files.open_tensors(self.found / "state.safetensors") as (file, found):
+            return {name: file.get_tensor(name) for name in found}, facts
 
     def write(self, model: nn.Module, weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor],
               facts: dict) -> None:

@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Iterable, Sequence
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vitopt import batches, checkpoints, devices, metrics, model as models
 from vitopt.checkpoints import Checkpoints
 from vitopt.data import Images, Splits
-from vitopt.recipe import InputError, Recipe, Stopped, Train
+from vitopt.recipe import InputError, Recipe, Stopped, Train, one_line
 from vitopt.store import Store
 from vitopt.teaching import Teaching
 
@@ -87,7 +87,8 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
     state = _State(model, whole, plain, average, teaching and teaching.store, accelerator)
     found = saved and saved.load()
     if found:
-        state.take_up(*found)
+        with _refusing_strangers(saved):
+            state.take_up(*found)
     slow_fused = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     fused = _unfused([model, *teachers]) if slow_fused else {}
     network, optimizer = accelerator.prepare(plain, _optimizer(model, plain, section))
@@ -104,7 +105,8 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
     if section.tracker:
         accelerator.init_trackers("vitopt")
     if found:
-        state.take_up_optimizer(*found)
+        with _refusing_strangers(saved):
+            state.take_up_optimizer(*found)
         accelerator.print(f"  going on after step {state.step:,} of {steps:,}")
     bar = tqdm(total=steps, initial=state.step, unit="step", leave=False,
                disable=not (accelerator.is_main_process and sys.stderr.isatty()))
@@ -180,6 +182,18 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, accelerator: Acceler
         accelerator.free_memory()
     whole.load_state_dict(state.best)
     return whole, state.history
+
+
+@contextmanager
+def _refusing_strangers(saved: Checkpoints):
+    """A checkpoint with right checksums that no run has written ends in one line too."""
+    try:
+        yield
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{saved.found}: is no state of this training ({one_line(error, 300)}): remove the folder"
+                         ) from error
 
 
 def _pause(state: "_State", saved: Checkpoints, due: bool, stop: bool) -> None:
