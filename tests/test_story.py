@@ -139,6 +139,27 @@ def test_a_changed_recipe_is_refused_and_nothing_is_touched(story):
     assert len(lines) == 2 and all(ratio in line for ratio, line in zip(ratios, lines))
 
 
+@pytest.mark.parametrize("words", [
+    ["--cpu", "--num_processes", "2"], ["--config_file", "many.yaml"]])
+def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_caught(story, words):
+    folder, _, _ = story
+    (folder / "many.yaml").write_text("{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_CPU, "
+                                      "num_processes: 2, num_machines: 1, machine_rank: 0, mixed_precision: 'no'}")
+    done = command("accelerate", "launch", *words, RUN, folder / "recipes" / "baseline.yaml", "output=few", cwd=folder,
+                   check=False)
+    assert "error: accelerate launch was asked for 2 processes and started 1: give it --config_file" in done.stdout
+    assert done.returncode != 0 and not (folder / "few").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_training(story):
+    folder, _, _ = story
+    (folder / "occupied").write_text("a file")
+    words = [sys.executable, RUN, folder / "recipes" / "baseline.yaml", "output=occupied"]
+    done = command(*words, cwd=folder, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout and "epoch" not in done.stdout
+    assert "error: occupied/recipes/baseline: cannot be written (Not a directory): mend this" in done.stdout
+
+
 def test_a_mistake_ends_in_one_line_and_exit_code_2(story):
     folder, words, _ = story
     done = command(sys.executable, *words, "train.epocs=3", "output=elsewhere", cwd=folder, check=False)

@@ -8,7 +8,9 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
@@ -29,6 +31,8 @@ def make_accelerator(section: Train | None = None, folder: Path | None = None) -
     wanted = precision(section)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()  # rows of one table may train in different precisions
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed, where it is installed, says that it looks
     # told cpu=True, accelerate would silently leave DeepSpeed out
     handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and with_deepspeed else None
     accelerator = Accelerator(cpu=on_cpu and not with_deepspeed, mixed_precision=wanted, project_dir=folder,
@@ -116,13 +120,37 @@ def has_bf16(on_gpu: bool | None = None) -> bool:
 
 
 def say_where() -> None:
-    """Print how many processes run on what, and whether GPUs stay idle."""
+    """Print how many processes run on what, and whether GPUs stay idle.
+
+    Raises:
+        InputError: fewer processes than the launcher was asked for.
+    """
     accelerator = make_accelerator()
+    asked = _asked()
+    if asked > accelerator.num_processes:
+        raise InputError(f"accelerate launch was asked for {asked} processes and started {accelerator.num_processes}: "
+                         "give it --config_file accelerate_config.yaml, and leave out --cpu and MULTI_CPU, with which "
+                         "it silently starts a single one")
     line = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     if torch.cuda.device_count() > data.local_processes():
         line += (f"; this machine has {torch.cuda.device_count()} GPUs: "
                  f"accelerate launch --num_processes {torch.cuda.device_count()} … takes them all")
     accelerator.print(line)
+
+
+def _asked() -> int:
+    """How many processes the launcher above this one was asked for, 0 where there is none: accelerate does not tell."""
+    try:
+        words = psutil.Process().parent().cmdline()
+        if "launch" not in words:
+            return 0
+        from accelerate.commands.launch import launch_command_parser  # of no use to any other process
+        known, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1:])
+        if known.num_processes is None and known.config_file:
+            return int(yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes") or 0)
+        return known.num_processes or 0
+    except (psutil.Error, OSError, AttributeError, ValueError, yaml.YAMLError, SystemExit):
+        return 0
 
 
 def local_gpus(accelerator: Accelerator) -> list[int]:
