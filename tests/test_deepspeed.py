@@ -14,6 +14,7 @@ from test_checkpoints import result
 from torch.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
+EPOCHS = 12
 CASES = ("taught, with projections", "in parts, without an average")
 
 
@@ -58,12 +59,12 @@ def test_zero_trains_as_no_deepspeed_does_and_writes_the_same_folder(without, tm
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_killed_run_of_shards_goes_on_bit_identical(tmp_path, zero):
     config, case = f"recipes/deepspeed_zero{zero}.yaml", CASES[0]
-    whole = finished(config, 2, case, tmp_path / "whole", 30)
-    process = launch(config, 2, case, tmp_path / "killed", 30)
+    whole = finished(config, 2, case, tmp_path / "whole", EPOCHS)
+    process = launch(config, 2, case, tmp_path / "killed", EPOCHS)
     while not list((tmp_path / "killed").glob(".row.checkpoints/0*")) and process.poll() is None:
         time.sleep(0.01)
     for each in (*psutil.Process(process.pid).children(recursive=True), process):
         each.kill()
     process.communicate()
     assert not (tmp_path / "killed" / "history.json").exists()
-    assert result(finished(config, 2, case, tmp_path / "killed", 30)) == result(whole)
+    assert result(finished(config, 2, case, tmp_path / "killed", EPOCHS)) == result(whole)

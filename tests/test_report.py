@@ -119,6 +119,15 @@ def test_rows_measured_on_different_machines_are_told_apart(folder):
     assert "baseline, pruned: measured on a <fast> machine" in terminal and "tiny: measured on another" in terminal
 
 
+@pytest.mark.parametrize("name, content", [
+    ("metrics.json", "[1]"), ("metrics.json", "{}"), ("recipe.yaml", "- a"), ("model.json", "3"),
+    ("metrics.json", '{"accuracy": NaN}'), ("recipe.yaml", "a: &a [*a]"), ("history.csv", "")])
+def test_a_run_that_holds_something_else_is_a_clear_error(folder, name, content):
+    (folder / "tiny" / name).write_text(content)
+    with pytest.raises(InputError, match="tiny: this run cannot be read"):
+        report.write(folder)
+
+
 def test_a_folder_without_runs_and_a_damaged_run_are_clear_errors(folder, tmp_path):
     with pytest.raises(InputError, match="holds no finished run"):
         report.write(tmp_path)

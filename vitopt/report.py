@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 from scipy.stats import t as student_t
 
-from vitopt.recipe import InputError, Recipe
+from vitopt import files
+from vitopt.recipe import InputError, Recipe, read_yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -41,6 +42,7 @@ COLUMNS = [
     Column("power_w", "Power (W)", 1, from_power=True),
     Column("energy_j_per_1k_images", "Energy (J/1000 images)", 2, from_power=True),
 ]
+LONGEST = 2 ** 24  # bytes of a JSON file of a run
 INTERVALS = ("±: the 95 % interval of the mean by Student's t, and so the bars in the plots; the bands of the learning "
              "curves reach from the lowest to the highest seed.")
 
@@ -92,11 +94,15 @@ def read(folder: Path) -> dict[str, dict]:
         run = metrics.parent
         try:
             content = {
-                "metrics": json.loads(metrics.read_text(encoding="utf-8")),
-                "recipe": yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")),
-                "model": json.loads((run / "model.json").read_text(encoding="utf-8")),
-                "history": pd.read_csv(run / "history.csv"),
+                "metrics": files.read_json(metrics, LONGEST),
+                "recipe": read_yaml(run / "recipe.yaml"),
+                "model": files.read_json(run / "model.json", LONGEST),
             }
+            if wrong := [name for name, part in content.items() if not isinstance(part, dict)]:
+                raise ValueError(f"{wrong[0]} holds no keys")
+            if missing := [column.key for column in COLUMNS if column.key not in content["metrics"]]:
+                raise ValueError(f"metrics.json has no {missing[0]}")
+            content["history"] = pd.read_csv(run / "history.csv")
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{run}: this run cannot be read ({error}): make it again with --force") from error
         several = run.parent != folder

@@ -136,14 +136,14 @@ class Teaching:
                     raise InputError(f"{key}: {name} looks at {a.shape[-1]} tokens and {theirs} of the teacher at "
                                      f"{b.shape[-1]}: take a teacher of the same tokens, or features")
                 index = kept.get(f"{name}.heads")
-                if index is not None and index.shape[1] == a.shape[1]:
+                if index is not None and index.shape[1] == a.shape[1] and index.max() < b.shape[1]:
                     found[kind, name] = index[0].to(device)
                 continue
             a, b = _channels_last(a, student), _channels_last(b, self.teachers[0])
             _same_positions(a, b, student, self.teachers[0], f"{key}: {name} and {theirs}")
             if a.shape[-1] != b.shape[-1]:
                 index = _kept_channels(kept, name, a.shape[-1])
-                if index is not None:
+                if index is not None and index.max() < b.shape[-1]:
                     found[kind, name] = index.to(device)
                 else:
                     projections[name] = _Projection(a.shape[-1], b.shape[-1], student)
