@@ -373,5 +373,5 @@ def test_a_recipe_of_a_finished_run_that_is_none_differs_in_a_line_and_is_not_fo
     (rows[1].folder / "recipe.yaml").write_text(content)
     if content != "start: a\n":
         assert runs.kept_of_teacher(rows[2], []) == {}
-    differences = runs.differences(rows[1])
+    differences = changes(rows[1])
     assert differences and all("\n" not in line and len(line) < 500 for line in differences), differences

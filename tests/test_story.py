@@ -171,13 +171,15 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(story):
 def test_one_and_two_processes_train_alike(story):
     """The batch is the total over processes: as many steps, the same views, losses equal to rounding."""
     folder, _, _ = story
-    recipe = folder / "recipes" / "baseline.yaml"
-    command(*LAUNCH, RUN, recipe, "data.limit=301", "output=alone", cwd=folder)
+    recipes = [folder / "recipes" / f"{name}.yaml" for name in ("baseline", "pruned")]
+    command(*LAUNCH, RUN, *recipes, "data.limit=301", "output=alone", cwd=folder)
     two = pd.read_csv(run_folder(story, "baseline") / "history.csv")
     one = pd.read_csv(folder / "alone" / "recipes" / "baseline" / "history.csv")
     assert one["lr"].tolist() == two["lr"].tolist()
     assert one["loss"].tolist() == pytest.approx(two["loss"].tolist(), rel=1e-5)
     assert one["validation_accuracy"].tolist() == pytest.approx(two["validation_accuracy"].tolist(), abs=3.4)
+    both = [models.load(folder / path / "recipes" / "pruned").architecture["widths"] for path in ("runs", "alone")]
+    assert both[0] == both[1]
 
 
 def test_two_launches_on_the_loopback_address_train_as_two_machines_and_both_are_read(story):

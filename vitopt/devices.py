@@ -54,6 +54,8 @@ def _configure(accelerator: Accelerator, section: Train) -> None:
     """Tell DeepSpeed what the recipe says; its configuration file has the stage of ZeRO alone."""
     if accelerator.mixed_precision == "fp16":
         raise InputError("train.precision: fp16: with DeepSpeed take bf16 or fp32")
+    if section.compile:
+        raise InputError("train.compile: true: is untried with DeepSpeed: set it false")
     config = accelerator.deepspeed_plugin.deepspeed_config
     config |= {
         "train_batch_size": section.batch_size // section.accumulate,
