@@ -23,7 +23,7 @@ LIGHT = ["train.augment.auto_augment=null", "train.augment.random_erasing=0", "t
          "train.augment.cutmix=0", "train.augment.mixup_off_epochs=0", "train.augment.repeats=1"]
 CHOICES = {
     "the recipe": [],
-    # crop and flip alone, as the scripts that this project replaces trained
+    # crop and flip alone, as plain scripts train
     "light": [*LIGHT, "train.label_smoothing=0", "train.ema_decay=null", "model.drop_path_rate=0"],
     "light, with EMA and smoothing": LIGHT,
     "no mixing": ["train.augment.mixup=0", "train.augment.cutmix=0", "train.augment.mixup_off_epochs=0"],
