@@ -142,6 +142,8 @@ def test_seeds_can_be_given_on_the_command_line(write_recipe):
     (OSError(28, "No space left on device", "/data/x"), 1, "error: /data/x: No space left on device"),
     (KeyboardInterrupt(), 75, "stopped: finished rows are kept; the same command goes on"),
     (Stopped("stopped after step 3"), 75, "stopped after step 3"),
+    (RuntimeError("[/a/pair.cc:5] Connection closed by peer [127.0.0.1]:1. This is"), 1,
+     "error: another process of this run is gone (Connection closed by peer [127.0.0.1]:1): what it has printed"),
 ])
 def test_a_command_ends_in_one_line_a_problem_and_its_exit_code(capsys, error, code, line):
     with pytest.raises(SystemExit) as end, errors_as_lines():

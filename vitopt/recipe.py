@@ -68,8 +68,9 @@ def errors_as_lines():
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):
             raise
-        _end(1, [f"error: another process of this run is gone ({str(error).splitlines()[0][:200]}): what it has "
-                 "printed tells why; finished rows and checkpoints are kept, and the same command goes on"])
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0]
+        _end(1, [f"error: another process of this run is gone ({one_line(reason, 200)}): what it has printed tells "
+                 "why; finished rows and checkpoints are kept, and the same command goes on"])
     except (Stopped, KeyboardInterrupt) as error:
         _end(START_AGAIN, [str(error) or "stopped: finished rows are kept; the same command goes on"])
     finally:
