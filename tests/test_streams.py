@@ -13,8 +13,8 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
+from test_story import LAUNCH, MODEL, RUN, command
 
-from tests.test_story import LAUNCH, MODEL, RUN, command
 from vitopt import batches, data, streams
 from vitopt.recipe import Augment, Data, InputError, Recipe, Train, read
 
