@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from matplotlib import pyplot
 
 from vitopt import data, devices, model as models, recipe as recipes, training
-from vitopt.recipe import errors_as_lines
+from vitopt.errors import InputError, errors_as_lines
 from vitopt.report import interval
 
 LIGHT = ["train.augment.auto_augment=null", "train.augment.random_erasing=0", "train.augment.mixup=0",
@@ -57,7 +57,7 @@ def curve(path, words, choice, seed):
 def only(path, words):
     found, problems = recipes.read([path], words)
     if problems:
-        raise recipes.InputError(*problems)
+        raise InputError(*problems)
     return next(iter(found.values()))
 
 

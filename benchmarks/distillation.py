@@ -21,7 +21,8 @@ import yaml
 from accelerate.utils import set_seed
 
 from vitopt import data, devices, model as models, pruning, training
-from vitopt.recipe import Data, Model, Prune, Recipe, errors_as_lines
+from vitopt.errors import errors_as_lines
+from vitopt.recipe import Data, Model, Prune, Recipe
 from vitopt.report import interval
 
 WAYS = {

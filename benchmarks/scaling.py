@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from vitopt import data, devices, metrics, model as models, recipe as recipes, training
-from vitopt.recipe import Model, errors_as_lines
+from vitopt.errors import errors_as_lines
+from vitopt.recipe import Model
 
 CONFIG = Path(__file__).parent.parent / "accelerate_config.yaml"
 

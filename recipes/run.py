@@ -13,7 +13,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP threads that wait soon
 from accelerate.utils import set_seed  # noqa: E402
 
 from vitopt import data, devices, energy, metrics, model as models, pruning, report, runs, training  # noqa: E402
-from vitopt.recipe import Augment, errors_as_lines  # noqa: E402
+from vitopt.errors import errors_as_lines  # noqa: E402
+from vitopt.recipe import Augment  # noqa: E402
 
 
 def main():

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import vitopt
 from vitopt import architecture as architectures, model as models
-from vitopt.recipe import InputError, Model
+from vitopt.errors import InputError
+from vitopt.recipe import Model
 
 HUGE = 10 ** 12
 

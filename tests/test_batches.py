@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from vitopt import batches, data
-from vitopt.recipe import Augment, Data, InputError, Train
+from vitopt.errors import InputError
+from vitopt.recipe import Augment, Data, Train
 
 GREY = {"channels": 1, "height": 16, "width": 16, "mean": [0.5], "std": [0.5], "interpolation": "bicubic",
         "crop_pct": 1.0}

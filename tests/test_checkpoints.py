@@ -17,7 +17,8 @@ from sklearn.datasets import load_digits
 
 from vitopt import checkpoints, data, devices, model as models, training
 from vitopt.checkpoints import Checkpoints
-from vitopt.recipe import InputError, Model, Recipe, Stopped
+from vitopt.errors import InputError, Stopped
+from vitopt.recipe import Model, Recipe
 
 MODEL = {"name": "vit_base_patch16_224", "img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2,
          "num_heads": 2, "mlp_ratio": 2.0, "drop_path_rate": 0.2, "proj_drop_rate": 0.1}

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vitopt import data
-from vitopt.recipe import Augment, Data, InputError
+from vitopt.errors import InputError
+from vitopt.recipe import Augment, Data
 
 GREY = {"channels": 1, "height": 16, "width": 16, "mean": [0.5], "std": [0.5], "interpolation": "bicubic",
         "crop_pct": 1.0}

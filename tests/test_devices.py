@@ -6,7 +6,8 @@ from torch import distributed, multiprocessing
 
 import vitopt
 from vitopt import devices
-from vitopt.recipe import InputError, Recipe
+from vitopt.errors import InputError
+from vitopt.recipe import Recipe
 
 SMALL = {"name": "vit_base_patch16_224", "num_classes": 10, "img_size": 16, "patch_size": 8, "embed_dim": 32,
          "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}

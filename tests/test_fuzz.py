@@ -23,7 +23,8 @@ from safetensors.torch import save
 import vitopt
 from vitopt import model as models, store
 from vitopt.architecture import RESERVED
-from vitopt.recipe import InputError, read
+from vitopt.errors import InputError
+from vitopt.recipe import read
 
 COUNTS = {"recipe": 4000, "model.json": 2000, "weights": 2000, "store": 3000}
 SECONDS, MEMORY = 10, 2 ** 28  # that one input may take, and that all of a loader's may take together

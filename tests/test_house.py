@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vitopt"
-FLOORS = [{"files", "distillation", "energy"}, {"recipe"},
+FLOORS = [{"files", "errors", "distillation", "energy"}, {"recipe"},
           {"layouts", "augmentation", "architecture", "corruption", "hub"}, {"streams"}, {"model", "data"},
           {"metrics", "batches", "devices"}, {"pruning", "store", "checkpoints"}, {"inspection", "teaching"},
           {"runs", "training"}, {"report", "sensitivity"}, {"__init__", "__main__"}]

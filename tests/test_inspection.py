@@ -4,8 +4,9 @@ import sys
 import pytest
 
 from vitopt import metrics, model as models
+from vitopt.errors import InputError
 from vitopt.inspection import inspect
-from vitopt.recipe import InputError, Model, Prune, sections
+from vitopt.recipe import Model, Prune, sections
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 10}
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitopt import metrics, model as models, pruning
-from vitopt.recipe import InputError, Model, Prune
+from vitopt.errors import InputError
+from vitopt.recipe import Model, Prune
 
 BASELINE = Model(name="vit_base_patch16_224", img_size=32, patch_size=4, embed_dim=512, depth=6, num_heads=8,
                  mlp_ratio=1.0, qkv_bias=False)

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 import vitopt
 from vitopt import model as models, pruning
-from vitopt.recipe import InputError, Model, Prune
+from vitopt.errors import InputError
+from vitopt.recipe import Model, Prune
 
 VIT = {"name": "vit_base_patch16_224"}
 

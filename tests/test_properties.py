@@ -12,8 +12,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 import vitopt
 from vitopt import metrics, model as models
+from vitopt.errors import InputError
 from vitopt.pruning import proof
-from vitopt.recipe import InputError, Model
+from vitopt.recipe import Model
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # nothing of it stays in the repository
 LIMIT = 1e-4  # relative difference in float32

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 import vitopt
 from vitopt import metrics, model as models, pruning
+from vitopt.errors import InputError
 from vitopt.pruning import channels, importance as scoring, proof
-from vitopt.recipe import InputError, Model, Prune
+from vitopt.recipe import Model, Prune
 
 
 def batches(model, count=2, images=8):

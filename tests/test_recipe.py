@@ -5,7 +5,8 @@ import jsonschema
 import pytest
 import yaml
 
-from vitopt.recipe import InputError, Recipe, Stopped, Train, batch_problems, errors_as_lines, read
+from vitopt.errors import InputError, Stopped, errors_as_lines
+from vitopt.recipe import Recipe, Train, batch_problems, read
 
 TRAIN = {"epochs": 1, "batch_size": 32, "lr": 0.001}
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*/*.yaml"))

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from vitopt import report
-from vitopt.recipe import InputError
+from vitopt.errors import InputError
 
 METRICS = {"accuracy": 98.0, "latency_ms": 2.0, "images_per_second": 4000.0, "model_size_mb": 0.8,
            "peak_memory_mb": 10.0, "macs": 4_000_000, "params": 200_000, "power_w": 30.0,

@@ -6,7 +6,7 @@ import yaml
 from accelerate import Accelerator
 
 from vitopt import energy, model as models, runs
-from vitopt.recipe import InputError
+from vitopt.errors import InputError
 
 TRAIN = {"epochs": 1, "batch_size": 32, "lr": 0.001}
 MEASURED = {"device": "cpu", "device_name": "a machine", "accuracy": 50.0}

@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 from test_story import LAUNCH, MODEL, RUN, command
 
 from vitopt import batches, data, streams
-from vitopt.recipe import Augment, Data, InputError, Recipe, Train, read
+from vitopt.errors import InputError
+from vitopt.recipe import Augment, Data, Recipe, Train, read
 
 GREY = {"channels": 1, "height": 16, "width": 16, "mean": [0.5], "std": [0.5], "interpolation": "bicubic",
         "crop_pct": 1.0}

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from vitopt import batches, data, devices, distillation, model as models, pruning, runs, teaching, training
-from vitopt.recipe import Distill, InputError, Model, Prune, Recipe
+from vitopt.errors import InputError
+from vitopt.recipe import Distill, Model, Prune, Recipe
 
 CPU = torch.device("cpu")
 TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002, "precision": "fp32", "augment": {"crop": "pad", "mixup": 0.8}}

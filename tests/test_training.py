@@ -6,7 +6,8 @@ from accelerate.utils import set_seed
 
 from vitopt import data, devices, metrics, model as models, training
 from vitopt.checkpoints import Checkpoints
-from vitopt.recipe import Augment, InputError, Recipe
+from vitopt.errors import InputError
+from vitopt.recipe import Augment, Recipe
 
 TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.002, "augment": {"crop": "pad", "padding": 1}}
 

@@ -11,10 +11,10 @@ def create_model(name, num_classes=1000, **kwargs):
     Args:
         name: timm's name. kwargs: timm's keyword arguments; `pretrained` and `checkpoint` as in a recipe.
     """
-    from vitopt import model, recipe
+    from vitopt import errors, model, recipe
     section = recipe.section(recipe.Model, {"name": name, **kwargs}, "model")
     if problems := model.check(section):
-        raise recipe.InputError(*problems)
+        raise errors.InputError(*problems)
     return model.build(section, num_classes)
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vitopt import recipe
+from vitopt import errors, recipe
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     cost.add_argument("--importance", default="taylor", help="how channels are ranked, such as l2")
     cost.add_argument("--max-loss", type=float, default=1.0, help="points a layer may cost, for the proposed ratios")
     args = parser.parse_args()
-    with recipe.errors_as_lines():
+    with errors.errors_as_lines():
         if args.command == "report":
             from vitopt.report import write  # matplotlib and pandas take a second to import
             print(write(args.folder))

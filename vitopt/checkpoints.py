@@ -22,7 +22,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from vitopt import devices, files, model as models
-from vitopt.recipe import InputError, Stopped, Train
+from vitopt.errors import InputError, Stopped
+from vitopt.recipe import Train
 
 FILES = ("model.json", "model.safetensors", "pruned.json", "recipe.yaml", "state.json", "state.safetensors")
 KEPT = 2  # the newest

@@ -3,7 +3,7 @@
 import os
 from typing import Sized
 
-from vitopt.recipe import InputError
+from vitopt.errors import InputError
 
 
 class Undecodable(InputError):

@@ -25,7 +25,8 @@ from torchvision import transforms
 
 from vitopt import augmentation, hub, streams
 from vitopt.corruption import LeftOut, Undecodable, tolerated
-from vitopt.recipe import Augment, Data, InputError
+from vitopt.errors import InputError
+from vitopt.recipe import Augment, Data
 from vitopt.streams import Stream
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "mnist": 10, "kmnist": 10, "fashion_mnist": 10}

@@ -17,7 +17,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from torch import nn
 
 from vitopt import data
-from vitopt.recipe import InputError, Train
+from vitopt.errors import InputError
+from vitopt.recipe import Train
 
 
 def make_accelerator(section: Train | None = None, folder: Path | None = None) -> Accelerator:

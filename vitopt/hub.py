@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
-from vitopt.recipe import Data, InputError
+from vitopt.errors import InputError
+from vitopt.recipe import Data
 
 TEST, VALIDATION = ("test", "val", "validation", "valid"), ("validation", "val", "valid")  # the first that is there
 

@@ -5,9 +5,10 @@ import warnings
 from torch import nn
 
 from vitopt import metrics, model as models, pruning
+from vitopt.errors import InputError
 from vitopt.pruning import channels, depth
 from vitopt.pruning.channels import EMBED
-from vitopt.recipe import InputError, Model, Prune
+from vitopt.recipe import Model, Prune
 
 
 def inspect(section: Model, prune: Prune | None = None) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitopt import energy, layouts, model as models
-from vitopt.recipe import InputError
+from vitopt.errors import InputError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a loss that is not used here

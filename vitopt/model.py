@@ -17,7 +17,8 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from vitopt import architecture as architectures, files, layouts
-from vitopt.recipe import InputError, Model, one_line
+from vitopt.errors import InputError, one_line
+from vitopt.recipe import Model
 
 
 def build(section: Model, num_classes: int | None, device: str = "cpu") -> nn.Module:

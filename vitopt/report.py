@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from scipy.stats import t as student_t
 
 from vitopt import files
-from vitopt.recipe import InputError, Recipe, read_yaml
+from vitopt.errors import InputError
+from vitopt.recipe import Recipe, read_yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

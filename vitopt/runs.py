@@ -30,7 +30,8 @@ from timm.optim import list_optimizers
 
 from vitopt import checkpoints, data, energy, files, model as models, pruning, teaching
 from vitopt.checkpoints import Checkpoints
-from vitopt.recipe import InputError, Model, Recipe, batch_problems, one_line, read, read_yaml
+from vitopt.errors import InputError, one_line
+from vitopt.recipe import Model, Recipe, batch_problems, read, read_yaml
 
 LONGEST_CUTS = 2 ** 25  # bytes of a pruned.json; a ViT-7B in ten steps fills half of it
 # keys of a recipe that say how a row is made and not which row it is

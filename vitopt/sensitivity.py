@@ -8,8 +8,9 @@ import pandas as pd
 import yaml
 
 from vitopt import data, devices, model as models, pruning, training
+from vitopt.errors import InputError
 from vitopt.pruning import channels, importance as scoring
-from vitopt.recipe import Augment, InputError, Prune, read
+from vitopt.recipe import Augment, Prune, read
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -25,7 +25,8 @@ from timm.data.readers import reader_wds
 from torch.utils.data import default_collate
 
 from vitopt import augmentation, corruption
-from vitopt.recipe import Data, InputError
+from vitopt.errors import InputError
+from vitopt.recipe import Data
 
 TEST, VALIDATION = ("test", "val", "validation"), ("validation", "val")  # names of splits, the first that is there
 IMAGE_KEYS = "jpg;jpeg;png;webp"

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from vitopt import batches, devices, distillation, model as models
+from vitopt.errors import InputError
 from vitopt.pruning import depth
-from vitopt.recipe import Distill, InputError, Layers
+from vitopt.recipe import Distill, Layers
 from vitopt.store import Store
 
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from vitopt import batches, checkpoints, devices, metrics, model as models
 from vitopt.checkpoints import Checkpoints
 from vitopt.data import Images, Splits
-from vitopt.recipe import InputError, Recipe, Stopped, Train, one_line
+from vitopt.errors import InputError, Stopped, one_line
+from vitopt.recipe import Recipe, Train
 from vitopt.store import Store
 from vitopt.teaching import Teaching
 

@@ -14,9 +14,10 @@ import torch
 from torch import distributed, nn
 
 from vitopt import layouts, metrics, model as models
+from vitopt.errors import InputError
 from vitopt.pruning import channels, depth, importance as scoring, repair
 from vitopt.pruning.channels import EMBED, HEAD_DIM, HEADS, HIDDEN, Axis
-from vitopt.recipe import InputError, Prune
+from vitopt.recipe import Prune
 
 DEPTH = "depth"
 KINDS = {HEADS, HEAD_DIM, HIDDEN, EMBED, DEPTH}

@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import nn
 
 from vitopt import layouts, model as models
-from vitopt.recipe import InputError
+from vitopt.errors import InputError
 
 HEADS, HEAD_DIM, HIDDEN, EMBED = "heads", "head_dim", "hidden", "embed"
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vitopt.errors import InputError
 from vitopt.model import blocks
-from vitopt.recipe import InputError
 
 
 def influence(model: nn.Module, batches, example_inputs: torch.Tensor) -> dict[str, float]:

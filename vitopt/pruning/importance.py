@@ -12,8 +12,8 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from vitopt.errors import InputError
 from vitopt.pruning.channels import Axis, Entry
-from vitopt.recipe import InputError
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
