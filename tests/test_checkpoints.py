@@ -1,6 +1,7 @@
 """Runs that are stopped and go on. A test kills `python tests/test_checkpoints.py CASE FOLDER [EPOCHS]`."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -17,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from vitopt import checkpoints, data, devices, model as models, training
 from vitopt.checkpoints import Checkpoints
-from vitopt.errors import InputError, Stopped
+from vitopt.errors import InputError, Stopped, errors_as_lines
 from vitopt.recipe import Model, Recipe
 
 MODEL = {"name": "vit_base_patch16_224", "img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2,
@@ -94,6 +95,23 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_bit_identical(images,
         assert kills < 3 or process.returncode in (0, -signal.SIGKILL), printed
     assert result(killed) == result(whole)
     assert list(killed.glob(".teacher_logits/*/*")) or not CASES[case].get("distill", {}).get("store")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_those_that_decode_images_too_stops_it_as_cleanly(images, number):
+    case, whole, stopped = "images through workers", images / f"whole {number}", images / f"stopped {number}"
+    run(case, whole, 12)
+    words = [sys.executable, __file__, case, str(stopped), "12"]
+    process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    for line in process.stdout:
+        if "epoch 1/" in line:
+            break
+    os.killpg(process.pid, number)
+    printed = process.communicate()[0]
+    assert process.returncode == 75 and "Traceback" not in printed, printed
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    assert result(stopped) == result(whole)
 
 
 class Killed(Exception):
@@ -265,4 +283,5 @@ def test_what_is_taken_apart_for_json_comes_together_again(value):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    with errors_as_lines():
+        run(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

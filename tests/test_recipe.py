@@ -143,6 +143,8 @@ def test_seeds_can_be_given_on_the_command_line(write_recipe):
     (OSError(28, "No space left on device", "/data/x"), 1, "error: /data/x: No space left on device"),
     (KeyboardInterrupt(), 75, "stopped: finished rows are kept; the same command goes on"),
     (Stopped("stopped after step 3"), 75, "stopped after step 3"),
+    (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), 1,
+     "error: a process that decodes images is gone (DataLoader worker (pid 3) is killed by signal: Killed.)"),
     (RuntimeError("[/a/pair.cc:5] Connection closed by peer [127.0.0.1]:1. This is"), 1,
      "error: another process of this run is gone (Connection closed by peer [127.0.0.1]:1): what it has printed"),
 ])

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from vitopt import augmentation, streams
 from vitopt.corruption import LeftOut
 from vitopt.data import Images, Splits
+from vitopt.errors import outlive_signals
 from vitopt.recipe import Train
 from vitopt.streams import Stream
 
@@ -43,7 +44,7 @@ def _settle(left_out: LeftOut) -> None:
 
 def _loader(reading: streams.Reading, device: torch.device) -> DataLoader:
     return DataLoader(reading, None, num_workers=min(reading.part.workers, len(reading.spans)),
-                      pin_memory=device.type == "cuda")
+                      pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)
 
 
 class Plain:
@@ -60,7 +61,8 @@ class Plain:
         positions = list(range(accelerator.process_index, count, accelerator.num_processes))
         self.chunks = [positions[first:first + batch_size] for first in range(0, len(positions), batch_size)]
         self.loader = None if part.pixels is not None else DataLoader(
-            part, None, sampler=self.chunks, num_workers=workers, pin_memory=self.device.type == "cuda")
+            part, None, sampler=self.chunks, num_workers=workers, pin_memory=self.device.type == "cuda",
+            worker_init_fn=outlive_signals)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if self.loader is not None:
@@ -113,7 +115,8 @@ class Augmented:
         if isinstance(self.part, Images):
             self.keys = []  # batches of the epoch under way; the loader, and its workers, outlive an epoch
             self.loader = DataLoader(self.part, None, sampler=self.keys, num_workers=splits.workers,
-                                     persistent_workers=splits.workers > 0, pin_memory=self.device.type == "cuda")
+                                     persistent_workers=splits.workers > 0, pin_memory=self.device.type == "cuda",
+                                     worker_init_fn=outlive_signals)
 
     def __len__(self):
         return len(self.part) // self.section.batch_size

@@ -25,7 +25,7 @@ from torchvision import transforms
 
 from vitopt import augmentation, hub, streams
 from vitopt.corruption import LeftOut, Undecodable, tolerated
-from vitopt.errors import InputError
+from vitopt.errors import InputError, outlive_signals
 from vitopt.recipe import Augment, Data
 from vitopt.streams import Stream
 
@@ -200,7 +200,8 @@ def _keep_decoded(part: Images, workers: int) -> None:
         whole = Images(part.source, part.indices, part.name, part.mode, transform, part.size)
         positions = list(range(len(whole)))
         chunks = [positions[first:first + 256] for first in range(0, len(positions), 256)]
-        loader = DataLoader(whole, None, sampler=chunks, num_workers=workers if len(whole) > 5000 else 0)
+        loader = DataLoader(whole, None, sampler=chunks, num_workers=workers if len(whole) > 5000 else 0,
+                            worker_init_fn=outlive_signals)
         left_out, decoded = LeftOut(whole), []
         for images, _, lost in loader:
             left_out.add(lost)

@@ -24,6 +24,7 @@ class Stopped(Exception):
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # how torch says so
+GRACE_SECONDS = 20
 START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
 
 
@@ -52,6 +53,10 @@ def errors_as_lines():
         where = f"{error.filename}: " if error.filename else ""
         _end(1, [f"error: {where}{error.strerror or error}: finished rows are kept; mend this and start again"])
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            _end(1, [f"error: a process that decodes images is gone ({one_line(error, 200)}), often for want of "
+                     "memory: take fewer data.workers; finished rows and checkpoints are kept, and the same command "
+                     "goes on"])
         if not any(words in str(error) for words in LOST):
             raise
         reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0]
@@ -61,6 +66,14 @@ def errors_as_lines():
         _end(START_AGAIN, [str(error) or "stopped: finished rows are kept; the same command goes on"])
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def outlive_signals(worker: int) -> None:
+    """Called in a process that decodes images: schedulers and terminals signal these too, and the steps until all
+    processes have stopped still need them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
 
 
 def _stop(number, frame):
