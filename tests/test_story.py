@@ -231,8 +231,8 @@ def test_a_run_killed_in_training_goes_on_refuses_another_recipe_and_is_replaced
     folder, _, _ = story
     words = [sys.executable, RUN, folder / "recipes" / "baseline.yaml", "data.limit=301", "output=killed"]
     state, row = folder / "killed" / "recipes" / ".baseline.checkpoints", folder / "killed" / "recipes" / "baseline"
-    long = begin(*words, "train.epochs=40", "train.checkpoint_minutes=0.0", cwd=folder)
-    second = command(*words, "train.epochs=40", cwd=folder, check=False)
+    long = begin(*words, "train.epochs=300", "train.checkpoint_minutes=0.0", cwd=folder)
+    second = command(*words, "train.epochs=300", cwd=folder, check=False)
     assert second.returncode == 2 and second.stdout.strip().endswith(
         "error: killed/recipes/baseline: another run is making this row: wait for it, or give output=DIR")
     long.send_signal(signal.SIGKILL)
@@ -240,10 +240,10 @@ def test_a_run_killed_in_training_goes_on_refuses_another_recipe_and_is_replaced
     assert not row.exists() and len(list(state.glob("[0-9]*"))) == 2
     other = command(*words, "train.epochs=2", cwd=folder, check=False)
     assert other.returncode == 2 and "under way in killed/recipes/.baseline.checkpoints and differs" in other.stdout
-    assert "train.epochs: 40 then, 2 in the recipe" in other.stdout and "--force" in other.stdout
-    assert "going on after step" in command(*words, "train.epochs=40", cwd=folder).stdout
+    assert "train.epochs: 300 then, 2 in the recipe" in other.stdout and "--force" in other.stdout
+    assert "going on after step" in command(*words, "train.epochs=300", cwd=folder).stdout
     history = pd.read_csv(row / "history.csv")
-    assert history["epoch"].tolist() == list(range(1, 41))
+    assert history["epoch"].tolist() == list(range(1, 301))
     energy_used = pd.read_csv(row / "energy.csv")
     assert energy_used["seconds"][0] > 0.9 * history["seconds"].sum()  # with what came before the kill
     command(*words, "train.epochs=1", "--force", cwd=folder)
