@@ -282,6 +282,7 @@ def test_of_two_processes_both_stop_when_one_dies_or_the_launcher_is_told_to_and
     assert sum(line.startswith(said) or said[1] in line for line in rest.splitlines()) == 1, rest
     assert not any(rank.is_running() for rank in ranks)
     long = begin(*words, cwd=folder, until="going on after step")
+    assert any("epoch" in line for line in long.stdout)  # it is at work again
     start = time.monotonic()
     long.send_signal(signal.SIGTERM)
     rest = long.stdout.read()
