@@ -5,7 +5,6 @@ state.json (everything else), pruned.json (the cuts so far), recipe.yaml, and `s
 these, as sha256sum writes them. It is written beside its place and renamed.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -120,7 +119,7 @@ class Checkpoints:
                 (partial / "state.json").write_text(json.dumps(facts), encoding="utf-8")
                 (partial / "pruned.json").write_text(json.dumps(self.cuts), encoding="utf-8")
                 (partial / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
-                digests = [f"{_sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+                digests = [f"{files.sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
                 (partial / "sha256").write_text("".join(digests), encoding="utf-8")
                 shutil.rmtree(place, ignore_errors=True)
                 partial.rename(place)
@@ -158,19 +157,11 @@ def _damage(folder: Path, names=FILES) -> str | None:
         lines = (folder / "sha256").read_text(encoding="utf-8").splitlines()
         digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         for name in names:
-            if digests.get(name) != _sha256(folder / name):
+            if digests.get(name) != files.sha256(folder / name):
                 return f"{name} is not as it was written"
     except (OSError, UnicodeDecodeError) as error:
         return " ".join(str(error).split())
     return None
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:

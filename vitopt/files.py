@@ -1,5 +1,6 @@
 """Files that somebody else may have written: what they claim is checked before memory is taken for it."""
 
+import hashlib
 import json
 import stat
 from contextlib import contextmanager
@@ -34,6 +35,15 @@ def read(path: Path, most: int) -> str:
     if len(content) > most:
         raise ValueError(f"{path.name} is longer than {most:,} bytes")
     return content.decode("utf-8")
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file of any length."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ new one. A row of several seeds has a run folder for each, <row>/seed_<seed>.
 """
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -520,12 +519,11 @@ def _content(recipe: Recipe) -> dict:
 
 def _forerunners(row: Row) -> dict[str, str]:
     """Which weights a row's start and teacher have now."""
-    files = {f"{key.removeprefix('distill.')}_sha256": folder / "model.safetensors"
-             for key, folder in row.needs.items()}
-    files |= {f"{_numbered('teacher', number)}_sha256": Path(teacher.checkpoint)
-              for number, teacher in enumerate(row.teachers) if isinstance(teacher, Model) and teacher.checkpoint}
-    return {key: hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "absent"
-            for key, file in files.items()}
+    weights = {f"{key.removeprefix('distill.')}_sha256": folder / "model.safetensors"
+               for key, folder in row.needs.items()}
+    weights |= {f"{_numbered('teacher', number)}_sha256": Path(teacher.checkpoint)
+                for number, teacher in enumerate(row.teachers) if isinstance(teacher, Model) and teacher.checkpoint}
+    return {key: files.sha256(file) if file.exists() else "absent" for key, file in weights.items()}
 
 
 def _flat(content: dict, prefix: str = "") -> dict:

@@ -274,7 +274,7 @@ class _State:
         """Keep these weights if they are as good as the best so far."""
         if accuracy >= self.best_accuracy:
             self.best_accuracy = accuracy
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            self.best = _copied(model)
 
     def keep(self, saved: Checkpoints) -> None:
         """Write a checkpoint."""
@@ -301,7 +301,7 @@ class _State:
         for name in REMEMBERED:
             setattr(self, name, facts[name])
         if facts["has_best"]:  # the model was made with these weights
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = _copied(self.model)
         content = {name: checkpoints.together(facts[name], tensors)
                    for name in ("network", "average", "losses", "heard")}
         self.network.load_state_dict(content["network"])
@@ -339,6 +339,11 @@ class _State:
         """Tensors of all processes, (processes, …) each."""
         return {name: self.accelerator.gather(tensor.to(self.accelerator.device)[None].contiguous())
                 for name, tensor in own.items()}
+
+
+def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model as they are now, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 REMEMBERED = ("step", "first_loss", "history", "best_accuracy")
